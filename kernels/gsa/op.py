@@ -1,0 +1,190 @@
+"""The one door to Gated Slot Attention: arguments checked, positions and documents worked out, implementation chosen.
+
+Shape legend: spec.py.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from .chunked import chunked
+from .reference import recurrence
+from .spec import GSASpec, SlotState, gates
+
+Backend = Literal["torch", "reference"]
+
+
+def gsa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    *,
+    spec: GSASpec,
+    scale: float,
+    write: Tensor | None = None,
+    keep: Tensor | None = None,
+    s: Tensor | None = None,
+    q_sink: Tensor | None = None,
+    positions: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    initial_state: SlotState | None = None,
+    output_final_state: bool = False,
+    backend: Backend = "torch",
+) -> tuple[Tensor, SlotState | None]:
+    """Gated Slot Attention (arXiv 2409.07146, eq. 7-9), differentiable in every float argument.
+
+    q [B,T,H*G,D], k [B,T,H,D], v [B,T,H,E]; query head h*G + g reads kv head h. The memory exists per kv head only.
+    gate [B,T,H,M]: raw logits W x in any float dtype, or float32 log alpha (spec.gate "log_alpha").
+    write, keep [H,M]: the clock's gate biases (spec.gate tells how they enter), required with spec.ring. They are added
+        here in float32: adding them to bfloat16 logits beforehand would round W x away.
+    s [B,T,H,M]: write weights of their own instead of 1 - alpha.
+    q_sink like q: the query that reads the spec.sinks first slots (far sinks), default q.
+    positions [B,T] int: position of each token in its document; -1 is padding: it neither writes nor forgets, the clock
+        stands and its output is 0. Default: counted from the state's position.
+    cu_seqlens [N+1] int: B = 1 and row 0 holds N documents, tokens cu_seqlens[n] to cu_seqlens[n+1], each with a memory
+        of its own. Otherwise N = B.
+    initial_state, and the returned state if output_final_state: SlotState of N documents.
+
+    Returns o [B,T,H*G,E] in v's dtype and the final state or None. Computed in float32 (float64 for float64 inputs).
+    Raises ValueError when shapes or options do not fit together.
+    """
+    check(q, k, v, gate, spec, write, keep, s, q_sink, positions, cu_seqlens, initial_state)
+    (B, T, HQ, D), (H, M), E = q.shape, gate.shape[2:], v.shape[-1]
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    state = initial_state or SlotState.empty(N, H, M, D, E, q.device, dtype)
+    if positions is None:
+        positions = count_positions(state.position, B, T, cu_seqlens)
+    forget, write_weight = gates(gate.to(dtype) if dtype == torch.float64 else gate, positions, spec, write, keep, s)
+    final_position = end_positions(state.position, positions, cu_seqlens)
+
+    activation = silu if spec.feature_map == "silu" else lambda x: x
+    queries = [None if x is None else activation(x.to(dtype)).unflatten(2, (H, HQ // H)) for x in (q, q_sink)]
+    k_in, v_in = (activation(x.to(dtype)) for x in (k, v))
+    run = recurrence if backend == "reference" or (T == 1 and cu_seqlens is None) else chunked
+    o, final = run(
+        queries[0], k_in, v_in, forget, write_weight, positions, state, spec, scale, queries[1], cu_seqlens=cu_seqlens
+    )
+    return o.flatten(2, 3).to(v.dtype), final._replace(position=final_position) if output_final_state else None
+
+
+def chunk_gsa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    s: Tensor,
+    g: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: tuple[Tensor, Tensor] | None = None,
+    output_final_state: bool = False,
+    checkpoint_level: int = 2,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+    **kwargs,
+) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
+    """`gsa` behind the signature of flash-linear-attention 0.6.0's `chunk_gsa`, for code written against it.
+
+    q [B,T,HQ,D], k [B,T,H,D], v [B,T,H,E], write weights s [B,T,H,M], log decay g [B,T,H,M]; g = None is ABC (paper
+    section 2.2): s are logits, written with exp(s_t) / sum_{i<=t} exp(s_i). scale defaults to D ** -0.5. States are
+    (keys [N,H,D,M], values [N,H,M,E]) float32. checkpoint_level, cu_seqlens_cpu and chunk_size are accepted and change
+    no result: memory use is fixed by the implementation.
+
+    Returns o [B,T,HQ,E] and (keys, values), or (None, None) without output_final_state.
+    """
+    unknown = set(kwargs) - {"chunk_size"}
+    if unknown:
+        raise TypeError(f"chunk_gsa got unknown arguments {sorted(unknown)}")
+    if g is None:
+        g, s = abc_gates(s, cu_seqlens)
+    state = None
+    if initial_state is not None:
+        keys, values = (x.to(torch.promote_types(q.dtype, torch.float32)) for x in initial_state)
+        state = SlotState.empty(*keys.shape[:2], s.shape[-1], k.shape[-1], v.shape[-1], q.device, keys.dtype)
+        state = state._replace(keys=keys.mT, values=values)
+    o, final = gsa(
+        q,
+        k,
+        v,
+        g,
+        s=s,
+        spec=GSASpec(gate="log_alpha"),
+        scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
+        cu_seqlens=cu_seqlens,
+        initial_state=state,
+        output_final_state=output_final_state,
+    )
+    return o, (None, None) if final is None else (final.keys.mT.contiguous(), final.values)
+
+
+def abc_gates(s: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """ABC's write logits s [B,T,H,M] -> (log decay, write weight): a softmax over the tokens read so far."""
+    s = s.to(torch.promote_types(s.dtype, torch.float32))
+    bounds = [0, s.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
+    log_decay, weight = [], []
+    for begin, end in zip(bounds, bounds[1:]):
+        part = s[:, begin:end]
+        total = torch.logcumsumexp(part, dim=1)
+        log_decay.append(torch.cat([total[:, :1], total[:, :-1]], dim=1) - total)
+        weight.append(torch.exp(part - total))
+    return torch.cat(log_decay, dim=1), torch.cat(weight, dim=1)
+
+
+def count_positions(first: Tensor, B: int, T: int, cu_seqlens: Tensor | None) -> Tensor:
+    """Positions [B,T] of tokens that continue N documents at positions `first` [N]."""
+    index = torch.arange(T, device=first.device)
+    if cu_seqlens is None:
+        return first[:, None] + index
+    document = torch.searchsorted(cu_seqlens[1:], index, right=True)
+    return (index - cu_seqlens[document] + first[document])[None]
+
+
+def end_positions(first: Tensor, positions: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Position [N] after the last real token of each document."""
+    ends = positions.to(first.dtype) + 1
+    if cu_seqlens is None:
+        return torch.maximum(first, ends.amax(dim=1))
+    index = torch.arange(positions.shape[1], device=first.device)
+    document = torch.searchsorted(cu_seqlens[1:], index, right=True)
+    return first.scatter_reduce(0, document, ends[0], reduce="amax")
+
+
+def check(q, k, v, gate, spec, write, keep, s, q_sink, positions, cu_seqlens, state) -> None:
+    """Raise ValueError with the offending argument unless everything fits together."""
+
+    def expect(name: str, x: Tensor | None, shape: tuple[int, ...]) -> None:
+        if x is not None and tuple(x.shape) != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
+
+    B, T, HQ, D = q.shape
+    H, M, E = k.shape[2], gate.shape[-1], v.shape[-1]
+    if HQ % H:
+        raise ValueError(f"{HQ} query heads cannot share {H} kv heads evenly")
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if cu_seqlens is not None and B != 1:
+        raise ValueError(f"cu_seqlens needs one packed row (B = 1), got B = {B}")
+    if T == 0:
+        raise ValueError("q holds no token (T = 0)")
+    expect("k", k, (B, T, H, D))
+    expect("v", v, (B, T, H, E))
+    expect("gate", gate, (B, T, H, M))
+    expect("s", s, (B, T, H, M))
+    expect("q_sink", q_sink, (B, T, HQ, D))
+    expect("positions", positions, (B, T))
+    expect("write", write, (H, M))
+    expect("keep", keep, (H, M))
+    if state is not None:
+        expect("initial_state.keys", state.keys, (N, H, M, D))
+        expect("initial_state.values", state.values, (N, H, M, E))
+        expect("initial_state.occupancy", state.occupancy, (N, H, M))
+        expect("initial_state.position", state.position, (N,))
+    if spec.ring > M:
+        raise ValueError(f"a ring of {spec.ring} slots does not fit into {M}")
+    if bool(spec.ring) != (write is not None and keep is not None):
+        raise ValueError("write and keep belong to the clock: give both with spec.ring > 0 and neither without")
+    if spec.ring and spec.gate == "log_alpha":
+        raise ValueError("log_alpha gates come ready made: the clock (spec.ring) needs the sigmoid or linear form")
+    if q_sink is not None and not spec.sinks:
+        raise ValueError("q_sink is read by sink slots only, and spec.sinks is 0")
