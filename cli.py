@@ -1,0 +1,4 @@
+from t2r.cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,208 @@
+"""The command `t2r`: one table of verbs, and a parser that answers a mistake with one line.
+
+Nothing heavy is imported before the arguments are right, so that help and errors are instant.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from textwrap import fill
+from typing import NamedTuple, NoReturn
+
+from t2r import __version__
+from t2r.errors import UserError, nearest
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class Verb(NamedTuple):
+    """A verb of the command line. Each argument's `dest` is the keyword of the function that it is passed to."""
+
+    help: str
+    about: str
+    example: str
+    arguments: Callable[[argparse.ArgumentParser], None]
+    target: str  # "module:function", imported only when the verb runs
+
+
+def _convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC", help="hub id, local folder, GGUF file, or package:NAME")
+    parser.add_argument("out", metavar="OUT", help="folder to write; it must not exist")
+    parser.add_argument("--preset", default="exact", help="default: exact", **one_of("exact", "paper"))
+    parser.add_argument("--slots", type=int, metavar="N", help="memory slots of each head (default: the preset's)")
+    parser.add_argument(
+        "--sinks", type=int, metavar="N", help="slots kept for the first tokens (default: the preset's)"
+    )
+    parser.add_argument("--dtype", help="dtype to write (default: the source's)", **one_of(*DTYPES))
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
+    parser.add_argument("--no-verify", dest="verify", action="store_false", help="skip the check of the written model")
+
+
+def _verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="OUT", help="folder that `t2r convert` wrote")
+    parser.add_argument("--source", metavar="SRC", required=True, help="the model that it was converted from")
+
+
+def _generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="folder that `t2r convert` wrote")
+    parser.add_argument(
+        "prompt", metavar="PROMPT", nargs="?", default="", type=text, help="the text to continue; - or none: read stdin"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
+    parser.add_argument(
+        "--top-p", type=float, metavar="P", help="sample from the most likely tokens of this total mass"
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
+    parser.add_argument(
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        help="wrap the prompt in the model's chat template (default: if it has one)",
+    )
+    parser.add_argument("--dtype", help="dtype to compute in (default: the model's)", **one_of(*DTYPES))
+    parser.add_argument("--device", help="for example cpu or cuda:0 (default: a GPU if there is one)")
+
+
+VERBS = {
+    "convert": Verb(
+        "turn a pretrained Transformer into a Gated Slot Attention model",
+        "Reads the weights of a Transformer and writes a Hugging Face folder that holds the same model with a "
+        "fixed-size recurrent state in place of its key-value cache. The preset `exact` starts out equal to the "
+        "source; `paper` follows the Gated Slot Attention paper and needs training.",
+        "t2r convert HuggingFaceTB/SmolLM2-135M-Instruct smollm2-gsa",
+        _convert,
+        "t2r.convert:convert",
+    ),
+    "verify": Verb(
+        "prove that a converted model equals its source",
+        "Compares the converted model with its source: with softmax put back over the converted weights, on the "
+        "tokens that still fit the slots, and between every way of running it. Exits with 1 when a check fails.",
+        "t2r verify smollm2-gsa --source HuggingFaceTB/SmolLM2-135M-Instruct",
+        _verify,
+        "t2r.convert.verify:verify",
+    ),
+    "generate": Verb(
+        "continue a text, or answer it",
+        "Streams the model's continuation of the prompt to stdout, then prints the speed and the size of the state.",
+        't2r generate smollm2-gsa "Why is the sky blue?" --max-new-tokens 64',
+        _generate,
+        "t2r.generate:generate",
+    ),
+    "env": Verb(
+        "print versions and hardware for a bug report",
+        "Prints the versions of t2r and of the packages that it builds on, and the hardware it sees.",
+        "t2r env",
+        lambda parser: None,
+        "t2r.env:env",
+    ),
+}
+
+
+def one_of(*choices: str) -> dict[str, object]:
+    """The argparse settings of an option with named values; a wrong one is answered with the nearest."""
+
+    def parse(word: str) -> str:
+        if word not in choices:
+            valid = nearest(word, choices) or ", ".join(choices)
+            raise argparse.ArgumentTypeError(f"no value '{word}'; nearest valid: {valid}")
+        return word
+
+    return {"type": parse, "metavar": "{" + ",".join(choices) + "}"}
+
+
+def text(word: str) -> str:
+    """The prompt itself, or stdin for `-` and for no prompt where stdin is not a terminal."""
+    if word not in ("", "-"):
+        return word
+    if sys.stdin is None or (not word and sys.stdin.isatty()):
+        raise UserError("no prompt", next='t2r generate MODEL "Why is the sky blue?"')
+    return sys.stdin.read().removesuffix("\n")
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose mistakes are UserErrors."""
+
+    def __init__(self, **settings) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message, next=f"{self.prog} --help")
+
+    def check_flags(self, words: Sequence[str]) -> None:
+        """Complain of an unknown flag before argparse does: it would first miss whatever the misspelt flag set."""
+        for word in words:
+            if word == "--":
+                return
+            flag = word.partition("=")[0]
+            # argparse takes a word with a space for a value, not for a flag.
+            if flag.startswith("--") and " " not in word and flag not in self._option_string_actions:
+                raise UserError(
+                    f"unknown option '{flag}'",
+                    nearest=nearest(flag, self._option_string_actions),
+                    next=f"{self.prog} --help",
+                )
+
+
+def parse(argv: Sequence[str]) -> tuple[Verb | None, dict[str, object]]:
+    """The chosen verb, if any, and its target's keyword arguments. Raises UserError; exits on --help and --version."""
+    parser = Parser(
+        prog="t2r",
+        description="Turn a pretrained Transformer into a Gated Slot Attention RNN.",
+        epilog="`t2r COMMAND --help` explains a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"t2r {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="verb")
+    for name, verb in VERBS.items():
+        about, example = fill(verb.about, width=88), f"example:\n  {verb.example}"
+        verb.arguments(commands.add_parser(name, help=verb.help, description=about, epilog=example))
+
+    at = next((i for i, word in enumerate(argv) if not word.startswith("-")), None)
+    parser.check_flags(argv[:at])
+    if at is None:
+        parser.parse_args(argv)
+        parser.print_help()
+        return None, {}
+    name = argv[at]
+    if name not in VERBS:
+        raise UserError(
+            f"unknown command '{name}'", nearest=nearest(name, VERBS) or ", ".join(VERBS), next="t2r --help"
+        )
+    commands.choices[name].check_flags(argv[at + 1 :])
+    namespace, unexpected = parser.parse_known_args(argv)
+    if unexpected:
+        commands.choices[name].error(f"unexpected argument '{unexpected[0]}'")
+    arguments = vars(namespace)
+    return VERBS[arguments.pop("verb")], arguments
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run one command line and return its exit code: 1 when the verb's report says that it did not pass."""
+    verb, arguments = parse(argv)
+    if verb is None:
+        return 0
+    module, function = verb.target.split(":")
+    report = getattr(import_module(module), function)(**arguments)
+    if not hasattr(report, "passed"):
+        return 0
+    print(report)
+    return 0 if report.passed else 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console script: prints a user's mistake as one line on stderr; any other exception keeps its traceback."""
+    try:
+        return run(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        print(f"t2r: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `t2r ... | head`: what reads us has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+if __name__ == "__main__":
+    sys.exit(main())
