@@ -1,0 +1,163 @@
+"""The GSA mixer: the source's own attention module with Gated Slot Attention in place of softmax attention.
+
+transformers runs every attention through a function that it looks up by name, after projections, biases, q/k norms and
+rotary embedding and before o_proj. A GSA layer is the source's module with that function exchanged and the gate
+projection beside it, so it is right for any family whose code transformers has.
+
+Shape legend: kernels/gsa/spec.py; W = hidden size.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+from transformers import initialization as init
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from t2r.kernels.gsa import gsa
+
+from .cache import SlotCacheLayer
+from .configuration import GSAConfig
+
+
+@dataclass
+class Context:
+    """What all GSA layers of one forward share, worked out once by the model (models.py).
+
+    positions [B,T]: position in the document, -1 = padding; None with cu_seqlens, which implies it.
+    cu_seqlens [N+1]: bounds of packed documents over the flattened [B*T] tokens, or None.
+    sink_turn: (cos, sin) [B,T,R] float32 that turn a query from its true distance to the bounded one, or None where no
+        token is beyond it.
+    """
+
+    positions: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    sink_turn: tuple[Tensor, Tensor] | None = None
+
+
+class GSAttention:
+    """Mixed in front of a source's attention class; `adopt_attention` makes the instance."""
+
+    gsa: GSAConfig
+
+    def add_gsa(self, gsa_config: GSAConfig) -> None:
+        """Add the new parameters (named in GSAConfig.new_tensors) and switch the attention function."""
+        self.gsa, weight = gsa_config, self.o_proj.weight
+        self.config = copy.copy(self.config)
+        self.config._attn_implementation = "gsa"
+        with torch.device(weight.device):
+            self.f_proj = nn.Linear(self.config.hidden_size, self.kv_heads * gsa_config.slots, bias=False, dtype=weight.dtype)
+            if gsa_config.ring:
+                self.write = nn.Parameter(torch.empty(self.kv_heads, gsa_config.slots))
+                self.keep = nn.Parameter(torch.empty(self.kv_heads, gsa_config.slots))
+            if gsa_config.output_norm:
+                self.g_norm = nn.RMSNorm(self.config.num_attention_heads * self.head_dim, eps=1e-5, dtype=weight.dtype)
+        self.reset_gsa()
+
+    @property
+    def kv_heads(self) -> int:
+        return self.config.num_key_value_heads
+
+    def new_tensors(self) -> dict[str, Tensor]:
+        """Starting values of the parameters of `add_gsa`; each layer draws its own."""
+        config = self.config
+        return self.gsa.new_tensors(
+            config.hidden_size, config.num_attention_heads, self.kv_heads, self.head_dim, seed=self.layer_idx
+        )
+
+    @torch.no_grad()
+    def reset_gsa(self) -> None:
+        """Set the new parameters to their starting values (not those already loaded from a checkpoint)."""
+        if self.f_proj.weight.is_meta:
+            return
+        for name, value in self.new_tensors().items():
+            init.copy_(self.get_parameter(name), value)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values=None,
+        gsa_context: Context | None = None,
+        **kwargs,
+    ):
+        """As the source's forward. The mask is not read: padding and packing come with gsa_context."""
+        if position_embeddings is not None and not self.gsa.rope:
+            cos, sin = position_embeddings
+            position_embeddings = torch.ones_like(cos), torch.zeros_like(sin)
+        return super().forward(
+            hidden_states,
+            position_embeddings=position_embeddings,
+            attention_mask=None,
+            past_key_values=None,
+            gsa_gate=self.f_proj(hidden_states),
+            gsa_context=gsa_context or Context(),
+            gsa_memory=None if past_key_values is None else past_key_values.layers[self.layer_idx],
+            **kwargs,
+        )
+
+
+def adopt_attention(module: nn.Module, gsa_config: GSAConfig) -> None:
+    """Turn a source's attention module, in place, into its GSA counterpart. Its tensors and their names stay."""
+    cls = type(module)
+    module.__class__ = type(f"GSA{cls.__name__}", (GSAttention, cls), {"__module__": __name__})
+    module.add_gsa(gsa_config)
+
+
+def turn_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding in the half layout on the first R channels: x [B,T,H,D], cos and sin [B,T,R] float32."""
+    R = cos.shape[-1]
+    rotated, rest = x[..., :R].float(), x[..., R:]
+    first, second = rotated.chunk(2, dim=-1)
+    turned = rotated * cos[:, :, None] + torch.cat([-second, first], dim=-1) * sin[:, :, None]
+    return torch.cat([turned.to(x.dtype), rest], dim=-1)
+
+
+def gsa_attention(
+    module: GSAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    gsa_gate: Tensor | None = None,
+    gsa_context: Context | None = None,
+    gsa_memory: SlotCacheLayer | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """transformers' attention function: query [B,H*G,T,D], key and value [B,H,T,D] -> o [B,T,H*G,D], no weights."""
+    config, context = module.gsa, gsa_context
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    B, T = q.shape[:2]
+    gate = gsa_gate.unflatten(-1, (module.kv_heads, config.slots))
+    q_sink = None if context.sink_turn is None else turn_pairs(q, *context.sink_turn)
+    if context.cu_seqlens is not None and B > 1:
+        q, k, v, gate, q_sink = (None if x is None else x.flatten(0, 1)[None] for x in (q, k, v, gate, q_sink))
+    o, state = gsa(
+        q,
+        k,
+        v,
+        gate,
+        spec=config.spec,
+        scale=scaling if config.scale is None else config.scale,
+        write=module.write if config.ring else None,
+        keep=module.keep if config.ring else None,
+        q_sink=q_sink,
+        positions=context.positions,
+        cu_seqlens=context.cu_seqlens,
+        initial_state=None if gsa_memory is None else gsa_memory.state,
+        output_final_state=gsa_memory is not None,
+    )
+    if gsa_memory is not None:
+        gsa_memory.advance(state, T)
+    o = o.reshape(B, T, *o.shape[2:])
+    if config.output_norm:
+        o = module.g_norm(silu(o).flatten(2)).view_as(o)
+    return o, None
+
+
+ALL_ATTENTION_FUNCTIONS.register("gsa", gsa_attention)

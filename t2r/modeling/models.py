@@ -1,0 +1,168 @@
+"""The model classes: a source's own Hugging Face classes with GSA attention modules, one pair per family.
+
+The backbone's code stays the source's. `GSAMixin` works out once per forward what GSA layers need and the backbone
+does not know (positions in the document, packed documents, bounded sink distance) and hands it down through **kwargs.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+from transformers import AutoModel, AutoModelForCausalLM, DynamicCache
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+
+from t2r.families import FAMILIES, Family
+
+from .attention import Context, GSAttention, adopt_attention
+from .cache import adopt
+from .configuration import CONFIG_CLASSES, CONFIG_MAPPING, GSAConfig
+
+
+class GSAMixin:
+    """What a GSA model does before its backbone runs. Mixed in front of the source's base model class."""
+
+    _keep_in_fp32_modules_strict = ["self_attn.write", "self_attn.keep"]
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        become_gsa(self)
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, GSAttention):
+            module.reset_gsa()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        **kwargs,
+    ):
+        """The source's forward. attention_mask [B, T] or [B, past + T], 1 = token, 0 = padding on either side;
+        cu_seq_lens_q [N+1]: packed documents, over the flattened [B*T] tokens (no cache then)."""
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        if self.config.use_cache if use_cache is None else use_cache:
+            past_key_values = DynamicCache() if past_key_values is None else past_key_values
+            use_cache = True
+        if past_key_values is not None:
+            adopt(past_key_values, range(len(self.layers)), len(self.layers))
+        context, position_ids = self.gsa_context(tokens, attention_mask, position_ids, past_key_values, cu_seq_lens_q)
+        # A 4-D mask passes through the backbone untouched: without one it would build [B, 1, T, T] for nobody.
+        unread = torch.empty(1, 1, 1, 1, device=tokens.device)
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=unread,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            gsa_context=context,
+            **kwargs,
+        )
+
+    def gsa_context(
+        self, tokens: Tensor, mask: Tensor | None, position_ids: Tensor | None, cache, cu_seqlens: Tensor | None
+    ) -> tuple[Context, Tensor]:
+        """Context of one forward and the rotary positions [B,T]: the given ones, else the positions in the document."""
+        B, T = tokens.shape[:2]
+        memory = None if cache is None else cache.layers[0]
+        past = 0 if memory is None else memory.get_seq_length()
+        longest = past + T
+        if cu_seqlens is None and position_ids is not None and mask is None and past == 0:
+            cu_seqlens = packed_documents(position_ids.expand(B, T))
+            longest = int(position_ids.max()) + 1
+        if cu_seqlens is not None:
+            index = torch.arange(B * T, device=tokens.device)
+            document = torch.searchsorted(cu_seqlens[1:], index, right=True)
+            positions = (index - cu_seqlens[document]).view(B, T)
+            context = Context(cu_seqlens=cu_seqlens)
+        elif mask is not None:
+            first = 0 if past == 0 else memory.state.position[:, None]
+            real = mask[:, -T:] != 0
+            positions = torch.where(real, first + real.cumsum(-1) - 1, -1)
+            context = Context(positions)
+        elif position_ids is not None and past == 0:
+            positions = position_ids.expand(B, T)
+            context = Context(positions)
+        else:
+            first = torch.zeros(B, dtype=torch.long, device=tokens.device) if past == 0 else memory.state.position
+            positions = first[:, None] + torch.arange(T, device=tokens.device)
+            context = Context(positions)
+        context.sink_turn = self.sink_turn(positions, longest)
+        return context, positions.clamp(min=0) if position_ids is None else position_ids
+
+    def sink_turn(self, positions: Tensor, longest: int) -> tuple[Tensor, Tensor] | None:
+        """Rotation of a query at each position back to `sink_distance`, or None if no position is beyond it."""
+        gsa = GSAConfig.of(self.config)
+        if not gsa.sinks or not gsa.rope or gsa.sink_distance is None or longest <= gsa.sink_distance + 1:
+            return None
+        beyond = (gsa.sink_distance - positions).clamp(max=0)
+        angle = beyond[..., None].float() * self.rotary_emb.inv_freq.float()
+        angle = torch.cat([angle, angle], dim=-1)
+        return angle.cos(), angle.sin()
+
+
+def packed_documents(position_ids: Tensor) -> Tensor | None:
+    """Bounds [N+1] of the documents that position_ids [B,T] count from 0 one after the other, or None if every row is
+    one document. Rows are flattened; costs one host read, so trainers pass cu_seq_lens_q instead."""
+    starts = position_ids == 0
+    if not starts[:, 1:].any():
+        return None
+    starts = starts.clone()
+    starts[:, 0] = True
+    bounds = starts.flatten().nonzero().flatten()
+    return torch.cat([bounds, bounds.new_tensor([position_ids.numel()])])
+
+
+def become_gsa(base) -> None:
+    """Replace the attention modules of a source's base model, on the instance."""
+    family, gsa = FAMILIES[base.config.model_type.removeprefix("gsa_")], GSAConfig.of(base.config)
+    for i in range(base.config.num_hidden_layers):
+        adopt_attention(base.get_submodule(family.attention.format(i)), gsa)
+
+
+@cache
+def model_classes(family: Family) -> tuple[type, type]:
+    """(base model, causal LM) of a family: GSALlamaModel(GSAMixin, LlamaModel), GSALlamaForCausalLM(LlamaForCausalLM)."""
+    source, config_class = CONFIG_MAPPING[family.model_type], CONFIG_CLASSES[family.model_type]
+    base_source, lm_source = MODEL_MAPPING[source], MODEL_FOR_CAUSAL_LM_MAPPING[source]
+    common = {"__module__": __name__, "config_class": config_class}
+    base = type(f"GSA{base_source.__name__}", (GSAMixin, base_source), {**common, "__doc__": f"GSA {base_source.__name__}"})
+
+    def __init__(self, config):
+        lm_source.__init__(self, config)
+        self.model.__class__ = base
+        become_gsa(self.model)
+
+    def _init_weights(self, module):
+        lm_source._init_weights(self, module)
+        if isinstance(module, GSAttention):
+            module.reset_gsa()
+
+    def create_masks_for_generate(attention_mask=None, **kwargs):
+        """Keep the 2-D mask: `GSAMixin.forward` reads positions from it."""
+        return attention_mask
+
+    attributes = {
+        "__init__": __init__,
+        "create_masks_for_generate": staticmethod(create_masks_for_generate),
+        "_init_weights": _init_weights,
+        "_keep_in_fp32_modules_strict": GSAMixin._keep_in_fp32_modules_strict,
+        "__doc__": f"GSA {lm_source.__name__}",
+    }
+    return base, type(f"GSA{lm_source.__name__}", (lm_source,), {**common, **attributes})
+
+
+@cache
+def register_models() -> None:
+    """Make AutoModel and AutoModelForCausalLM know every family's classes."""
+    for name, family in FAMILIES.items():
+        base, lm = model_classes(family)
+        globals().update({base.__name__: base, lm.__name__: lm})
+        AutoModel.register(CONFIG_CLASSES[name], base)
+        AutoModelForCausalLM.register(CONFIG_CLASSES[name], lm)
