@@ -153,28 +153,29 @@ def parse(argv: Sequence[str]) -> tuple[Verb | None, dict[str, object]]:
         epilog="`t2r COMMAND --help` explains a command.",
     )
     parser.add_argument("--version", action="version", version=f"t2r {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="verb")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name, verb in VERBS.items():
         about, example = fill(verb.about, width=88), f"example:\n  {verb.example}"
         verb.arguments(commands.add_parser(name, help=verb.help, description=about, epilog=example))
 
-    at = next((i for i, word in enumerate(argv) if not word.startswith("-")), None)
+    at = next((i for i, word in enumerate(argv) if not word.startswith("-")), len(argv))
     parser.check_flags(argv[:at])
-    if at is None:
-        parser.parse_args(argv)
+    parser.parse_args(argv[:at])
+    if at == len(argv):
         parser.print_help()
         return None, {}
-    name = argv[at]
+    name, words = argv[at], argv[at + 1 :]
     if name not in VERBS:
         raise UserError(
             f"unknown command '{name}'", nearest=nearest(name, VERBS) or ", ".join(VERBS), next="t2r --help"
         )
-    commands.choices[name].check_flags(argv[at + 1 :])
-    namespace, unexpected = parser.parse_known_args(argv)
+    command = commands.choices[name]
+    command.check_flags(words)
+    # Plain parse_args would take `generate MODEL --seed 1 PROMPT` for a command without a prompt.
+    namespace, unexpected = command.parse_known_intermixed_args(words)
     if unexpected:
-        commands.choices[name].error(f"unexpected argument '{unexpected[0]}'")
-    arguments = vars(namespace)
-    return VERBS[arguments.pop("verb")], arguments
+        command.error(f"unexpected argument '{unexpected[0]}'")
+    return VERBS[name], vars(namespace)
 
 
 def run(argv: Sequence[str]) -> int:
@@ -193,13 +194,15 @@ def run(argv: Sequence[str]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script: prints a user's mistake as one line on stderr; any other exception keeps its traceback."""
     try:
-        return run(sys.argv[1:] if argv is None else argv)
+        code = run(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()  # here, where a reader that has left is no error
+        return code
     except UserError as error:
         print(f"t2r: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # `t2r ... | head`: what reads us has had enough
+    except BrokenPipeError:  # `t2r ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 

