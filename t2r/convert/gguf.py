@@ -1,0 +1,258 @@
+"""GGUF files as a source: llama.cpp's names and layout turned back into Hugging Face's, one tensor at a time."""
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from t2r.convert.source import Source, Stored, first_line, load_config, load_tokenizer
+from t2r.errors import UserError, nearest
+
+# Whether llama.cpp permutes the rows of q and k for its interleaved rotary embedding.
+PERMUTED = {"llama": True, "qwen2": False, "qwen3": False}
+# Metadata whose meaning the config or this module carries over. Any other key could change the model.
+UNDERSTOOD = {
+    "context_length",
+    "block_count",
+    "embedding_length",
+    "feed_forward_length",
+    "vocab_size",
+    "tensor_data_layout",
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.value_length",
+    "attention.layer_norm_rms_epsilon",
+    "rope.dimension_count",
+    "rope.freq_base",
+    "rope.scaling.type",
+    "rope.scaling.factor",
+    "rope.scaling.original_context_length",
+}
+ROPE_FREQS = "rope_freqs.weight"
+ATTN_ROT = re.compile(r"blk\.\d+\.attn_rot_embd\.weight")
+
+
+@dataclass(frozen=True)
+class _Blocks(Stored):
+    """A quantised tensor: `rows` is the shape of its bytes, `kind` their GGML type, `heads` > 0 undoes a permutation."""
+
+    rows: tuple[int, ...]
+    kind: object
+    heads: int
+
+
+class GgufSource(Source):
+    """One `.gguf` file. Every tensor is dequantised to float32 when it is read."""
+
+    is_quantised = True
+
+    def __init__(self, spec: str, path: Path) -> None:
+        super().__init__(spec, path)
+        reader = _read(path)
+        self._metadata = _metadata(reader)
+        self._architecture = self._metadata.get("general.architecture")
+        self._check_architecture()
+        self.config = load_config(path.parent, path.name)
+        blocks = self._blocks(reader)
+        self._complete_config(blocks)
+        self._stored = self._rename(blocks)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self._dequantise(self._stored[name])
+
+    def generation_config(self):
+        from transformers import GenerationConfig
+
+        ids = {key: getattr(self.config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        return GenerationConfig(**ids)
+
+    def load_tokenizer(self):
+        if "tokenizer.ggml.model" not in self._metadata:
+            raise UserError("no tokenizer in this GGUF file", where=self.path)
+        return load_tokenizer(self.path.parent, self.path.name)
+
+    def _check_architecture(self) -> None:
+        architecture = self._architecture
+        if architecture not in PERMUTED:
+            raise UserError(
+                f"GGUF architecture {architecture!r} is not supported; supported: {', '.join(PERMUTED)}",
+                where=self.path,
+                nearest=nearest(str(architecture), PERMUTED),
+            )
+        parts = self._metadata.get("split.count", 1)
+        if parts > 1:
+            first = re.sub(r"-\d{5}-of-", "-00001-of-", self.path.name)
+            raise UserError(
+                f"this is one of {parts} parts of a model",
+                where=self.path,
+                next=f"llama-gguf-split --merge {first} merged.gguf",
+            )
+        for key, value in self._metadata.items():
+            scope, _, field = key.partition(".")
+            if scope == architecture and (field not in UNDERSTOOD or isinstance(value, list)):
+                raise UserError(f"GGUF metadata {key} = {value} is not supported", where=self.path)
+
+    def _blocks(self, reader) -> dict[str, _Blocks]:
+        """Tensors by their GGUF names, in file order."""
+        from gguf.quants import quant_shape_to_byte_shape
+
+        heads = {}
+        if PERMUTED[self._architecture]:
+            heads = {"attn_q": self.config.num_attention_heads, "attn_k": self.config.num_key_value_heads}
+        blocks = {}
+        for tensor in sorted(reader.tensors, key=lambda tensor: tensor.data_offset):
+            kind = tensor.tensor_type
+            if not _can_dequantise(kind):
+                raise UserError(
+                    f"tensor {tensor.name} has type {kind.name}, which cannot be dequantised", where=self.path
+                )
+            shape = tuple(reversed(tensor.shape.tolist()))
+            in_layer = tensor.name.startswith("blk.")
+            blocks[tensor.name] = _Blocks(
+                file=self.path,
+                key=tensor.name,
+                shape=shape,
+                dtype=torch.float32,
+                offset=int(tensor.data_offset),
+                rows=tuple(quant_shape_to_byte_shape(shape, kind)),
+                kind=kind,
+                heads=heads.get(tensor.name.split(".")[-2], 0) if in_layer else 0,
+            )
+        return blocks
+
+    def _dequantise(self, block: _Blocks) -> torch.Tensor:
+        import numpy as np
+        from gguf.quants import dequantize
+
+        # A plain read: pages of the reader's mapping would count as resident memory.
+        data = np.fromfile(self.path, dtype=np.uint8, count=math.prod(block.rows), offset=block.offset)
+        tensor = torch.from_numpy(dequantize(data.reshape(block.rows), block.kind)).reshape(block.shape)
+        if not block.heads:
+            return tensor
+        # llama.cpp interleaves the two rotary halves of each head; Hugging Face keeps them one after the other.
+        half = block.shape[0] // block.heads // 2
+        paired = tensor.reshape(block.heads, half, 2, *block.shape[1:])
+        return paired.transpose(1, 2).reshape(block.shape)
+
+    def _complete_config(self, blocks: dict[str, _Blocks]) -> None:
+        """Carry over what transformers' own GGUF reader leaves at the family's defaults."""
+        config, metadata = self.config, self._metadata
+        if "token_embd.weight" in blocks:
+            config.vocab_size = blocks["token_embd.weight"].shape[0]
+        config.head_dim = metadata.get(f"{self._architecture}.attention.key_length", getattr(config, "head_dim", None))
+        if hasattr(config, "sliding_window"):
+            config.sliding_window = None
+        for key, token in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+            setattr(config, f"{key}_token_id", metadata.get(f"tokenizer.ggml.{token}_token_id"))
+        end_of_turn = metadata.get("tokenizer.ggml.eot_token_id", config.eos_token_id)
+        if end_of_turn != config.eos_token_id:
+            config.eos_token_id = [config.eos_token_id, end_of_turn]
+        config.dtype = torch.float32
+        factors = self._dequantise(blocks[ROPE_FREQS]) if ROPE_FREQS in blocks else None
+        self._complete_rope(factors)
+
+    def _complete_rope(self, factors: torch.Tensor | None) -> None:
+        config, prefix = self.config, f"{self._architecture}.rope.scaling"
+        kind = self._metadata.get(f"{prefix}.type", "none")
+        rope = {"rope_theta": config.rope_parameters["rope_theta"], "rope_type": "default"}
+        if kind == "linear":
+            rope |= {"rope_type": "linear", "factor": self._metadata[f"{prefix}.factor"]}
+        elif kind != "none":
+            raise UserError(f"rope scaling {kind!r} is not supported for GGUF", where=self.path, nearest="linear")
+        config.rope_parameters = rope
+        if factors is None or torch.equal(factors, torch.ones_like(factors)):
+            return
+        # Llama 3 stores only the factors, not the four numbers they came from; all releases share three of them.
+        context = self._metadata.get(f"{prefix}.original_context_length", 8192)
+        config.rope_parameters = rope | {
+            "rope_type": "llama3",
+            "factor": round(factors.max().item(), 4),
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": context,
+        }
+        if kind != "none" or not _explains(config, factors):
+            raise UserError(f"{ROPE_FREQS} holds rope factors of no known scaling", where=self.path)
+
+    def _rename(self, blocks: dict[str, _Blocks]) -> dict[str, _Blocks]:
+        """Blocks by Hugging Face names. Every tensor has a place, every place a tensor, or UserError."""
+        from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(self.config)
+        self.config.architectures = [type(model).__name__]
+        architecture = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == self._architecture)
+        name_map = get_tensor_name_map(architecture, self.config.num_hidden_layers)
+        places = {
+            name_map.get_name(name, try_suffixes=(".weight", ".bias")): (name, tuple(tensor.shape))
+            for name, tensor in model.state_dict().items()
+        }
+        renamed = {}
+        leftover = []
+        for gguf_name, block in blocks.items():
+            name, shape = places.pop(gguf_name, (None, None))
+            if gguf_name == ROPE_FREQS:
+                self.ignored[gguf_name] = "rope factors, which the config's rope_parameters express"
+            elif ATTN_ROT.fullmatch(gguf_name):
+                self.ignored[gguf_name] = "rope frequencies, which the model computes from its config"
+            elif name is None:
+                leftover.append(gguf_name)
+            elif shape != block.shape:
+                raise UserError(f"tensor {gguf_name} is {block.shape}, but {name} is {shape}", where=self.path)
+            else:
+                renamed[name] = block
+        if self.config.tie_word_embeddings:
+            places.pop("output.weight", None)
+        for fault, names in (("has no place for", leftover), ("needs", list(places))):
+            if names:
+                listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+                absent = ", which the file lacks" if fault == "needs" else ""
+                raise UserError(f"{type(model).__name__} {fault} {listed}{absent}", where=self.path)
+        return renamed
+
+
+def _read(path: Path):
+    try:
+        import gguf
+    except ImportError as error:
+        raise UserError("reading GGUF needs the package gguf", where=path, next="pip install gguf") from error
+    try:
+        reader = gguf.GGUFReader(path)
+    except (ValueError, LookupError, TypeError, OverflowError) as error:
+        raise UserError(f"{path.name} is truncated or not a GGUF file: {first_line(error)}", where=path) from error
+    if reader.byte_order != "I":
+        raise UserError("this GGUF file is big-endian", where=path)
+    return reader
+
+
+def _metadata(reader) -> dict[str, object]:
+    """All metadata but the tokenizer's long lists."""
+    return {
+        key: field.contents() for key, field in reader.fields.items() if len(field.data) == 1 or "tokenizer" not in key
+    }
+
+
+def _can_dequantise(kind) -> bool:
+    import numpy as np
+    from gguf import GGML_QUANT_SIZES
+    from gguf.quants import dequantize
+
+    try:
+        dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), dtype=np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _explains(config, factors: torch.Tensor) -> bool:
+    """Whether the config's rope divides the default frequencies by `factors`."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    dim = 2 * len(scaled)
+    default = config.rope_parameters["rope_theta"] ** (-torch.arange(0, dim, 2) / dim)
+    return factors.shape == scaled.shape and torch.allclose(default / scaled, factors, rtol=1e-4)

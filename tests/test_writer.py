@@ -1,0 +1,254 @@
+"""Folders are exact, atomic and written in little memory."""
+
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from t2r.convert import writer
+from t2r.convert.writer import FolderWriter, available_ram, preflight
+from t2r.errors import UserError
+
+# Odd counts of narrow types first: written in this order, the wide ones would be misaligned.
+TENSORS = {
+    "flag": torch.tensor([True, False, True]),
+    "half": torch.randn(3, 5, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16),
+    "scalar": torch.tensor(3.5),
+    "empty": torch.empty(0, 4),
+    "double": torch.arange(7, dtype=torch.float64),
+    "strided": torch.arange(12, dtype=torch.float32).reshape(3, 4).T,
+    "count": torch.tensor([2**40], dtype=torch.int64),
+}
+
+
+def plan_of(tensors):
+    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+
+
+def write(out, tensors, **options):
+    with FolderWriter(out, plan_of(tensors), **options) as folder:
+        for name, tensor in tensors.items():
+            folder.add(name, tensor)
+
+
+def tiny_llama():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+    )
+    return LlamaForCausalLM(config)
+
+
+def test_one_file_reads_back_equal(tmp_path):
+    write(tmp_path / "out", TENSORS)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["model.safetensors"]
+    loaded = load_file(tmp_path / "out/model.safetensors")
+    assert loaded.keys() == TENSORS.keys()
+    for name, tensor in TENSORS.items():
+        assert loaded[name].dtype == tensor.dtype and torch.equal(loaded[name], tensor), name
+
+
+def test_shards_hold_the_plan_in_any_order_of_adding(tmp_path):
+    with FolderWriter(tmp_path / "out", plan_of(TENSORS), shard_size=60) as folder:
+        for name, tensor in reversed(TENSORS.items()):
+            folder.add(name, tensor)
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    # 3 + 30 + 4 + 0 bytes; then 56; then 48 + 8
+    expected = [["flag", "half", "scalar", "empty"], ["double"], ["strided", "count"]]
+    expected_map = {
+        name: f"model-{i:05d}-of-00003.safetensors" for i, names in enumerate(expected, 1) for name in names
+    }
+    assert index["weight_map"] == expected_map
+    assert index["metadata"]["total_size"] == 3 + 30 + 4 + 56 + 48 + 8
+    for file in set(expected_map.values()):
+        loaded = load_file(tmp_path / "out" / file)
+        assert sorted(loaded) == sorted(name for name, place in expected_map.items() if place == file)
+        assert all(torch.equal(loaded[name], TENSORS[name]) for name in loaded)
+
+
+def test_transformers_reads_our_shards_and_agrees_on_the_index(tmp_path):
+    model = tiny_llama()
+    model.save_pretrained(tmp_path / "theirs", max_shard_size="100KB")
+    with FolderWriter(tmp_path / "ours", plan_of(model.state_dict()), shard_size=100_000) as folder:
+        model.config.save_pretrained(folder.path)
+        for name, tensor in model.state_dict().items():
+            folder.add(name, tensor)
+    ours, theirs = (json.loads((tmp_path / d / "model.safetensors.index.json").read_text()) for d in ("ours", "theirs"))
+    assert ours["metadata"] == theirs["metadata"]
+    assert ours["weight_map"].keys() == theirs["weight_map"].keys()
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(info.values())
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+
+
+def test_folder_has_ordinary_permissions(tmp_path):
+    write(tmp_path / "out", {})
+    (tmp_path / "plain").mkdir()
+    assert (tmp_path / "out").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("other", torch.zeros(2), "other is not in the plan"),
+        ("a", torch.zeros(3), r"a is \(\(3,\), torch.float32\), but the plan says \(\(2,\)"),
+        ("a", torch.zeros(2, dtype=torch.float16), "float16"),
+        ("done", torch.zeros(2), "done is added twice"),
+        (None, None, "1 planned tensors were never added, the first is a"),
+    ],
+)
+def test_a_deviation_from_the_plan_leaves_nothing(tmp_path, name, tensor, message):
+    planned = ((2,), torch.float32)
+    with (
+        pytest.raises(ValueError, match=message),
+        FolderWriter(tmp_path / "out", dict(done=planned, a=planned)) as folder,
+    ):
+        folder.add("done", torch.zeros(2))
+        if name:
+            folder.add(name, tensor)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, SystemExit])
+def test_an_interruption_leaves_nothing(tmp_path, error):
+    with pytest.raises(error), FolderWriter(tmp_path / "new/deep/out", plan_of(TENSORS)) as folder:
+        (folder.path / "config.json").write_text("{}")
+        folder.add("half", TENSORS["half"])
+        assert folder.path.parent == tmp_path / "new/deep"
+        raise error
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "dangling link"])
+def test_an_existing_out_is_refused_and_kept(tmp_path, kind):
+    out = tmp_path / "out"
+    if kind == "folder":
+        out.mkdir()
+    elif kind == "file":
+        out.write_text("mine")
+    else:
+        out.symlink_to("nowhere")
+    (tmp_path / "out-2").mkdir()
+    with pytest.raises(UserError, match=r"out already exists; try: `t2r convert SRC \S*out-3`") as error:
+        FolderWriter(out, {})
+    assert "\n" not in str(error.value)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out-2"]
+
+
+def test_an_out_that_appears_meanwhile_is_kept(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="already exists"), FolderWriter(out, {}):
+        out.mkdir()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert not any(out.iterdir())
+
+
+def test_the_current_folder_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=rf"\. already exists; try: `t2r convert SRC {tmp_path.name}-2`"):
+        FolderWriter(".", {})
+
+
+def test_a_parent_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="cannot write there: Not a directory"), FolderWriter(tmp_path / "file/out", {}):
+        pass
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, os.strerror(28))
+
+    with pytest.raises(UserError, match="cannot write tensor half: No space left on device"):
+        with FolderWriter(tmp_path / "out", plan_of(TENSORS)) as folder:
+            monkeypatch.setattr(writer, "open", full, raising=False)
+            folder.add("half", TENSORS["half"])
+    assert not any(tmp_path.iterdir())
+
+
+def test_preflight_names_both_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: SimpleNamespace(free=3_200_000_000))
+    monkeypatch.setattr(writer, "available_ram", lambda: 2_000_000_000)
+    out = tmp_path / "new/out"
+    preflight(out, 3_200_000_000, 2_000_000_000)
+    with pytest.raises(UserError, match=r"not enough disk: 14\.5 GB needed, 3\.2 GB free"):
+        preflight(out, 14_500_000_000, 0)
+    with pytest.raises(UserError, match=r"not enough memory: 9\.0 GB needed, 2\.0 GB available"):
+        preflight(out, 0, 9_000_000_000)
+    monkeypatch.setattr(writer, "available_ram", lambda: None)
+    preflight(out, 0, 10**18)
+    assert not any(tmp_path.iterdir())
+
+
+def test_available_ram_heeds_a_containers_limit(tmp_path, monkeypatch):
+    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:   5000 kB\n")
+    monkeypatch.setattr(writer, "PROC_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(writer, "CGROUP", tmp_path)
+    assert available_ram() == 5000 * 1024
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("700000\n")
+    (tmp_path / "memory.stat").write_text("anon 1\nactive_file 100000\ninactive_file 50000\n")
+    assert available_ram() == 450_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_ram() == 5000 * 1024
+
+
+STREAM = """
+import sys
+from pathlib import Path
+import torch
+from transformers import LlamaConfig
+from t2r.convert.source import open_source
+from t2r.convert.writer import FolderWriter
+
+MB = 1_000_000
+
+def peak():
+    # VmHWM belongs to this process alone; ru_maxrss starts from the parent's.
+    status = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM:"))
+
+root, kind = Path(sys.argv[1]), sys.argv[2]
+source = open_source(root / "src")
+before = peak()
+plan = {name: (source.shape(name), source.dtype(name)) for name in source.names()}
+with FolderWriter(root / "out", plan, shard_size=200 * MB) as folder:
+    for name, tensor in source.items():
+        folder.add(name, tensor)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="peak memory is read from Linux' /proc")
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_streaming_holds_one_tensor(tmp_path, kind):
+    # 600 MB in 10 tensors of 60 MB; 2 x 60 + 150 MB may be held, less than half of it.
+    tensors = {f"model.t{i}": torch.full((30_000_000,), i, dtype=torch.float16) for i in range(10)}
+    if kind == "safetensors":
+        write(tmp_path / "src", tensors)
+    else:
+        (tmp_path / "src").mkdir()
+        torch.save(tensors, tmp_path / "src/pytorch_model.bin")
+    tiny_llama().config.save_pretrained(tmp_path / "src")
+    del tensors
+    run = subprocess.run(
+        [sys.executable, "-c", STREAM, str(tmp_path), kind], capture_output=True, text=True, check=True
+    )
+    assert int(run.stdout) < 270_000_000
+    for file in sorted((tmp_path / "out").glob("*.safetensors")):
+        for name, tensor in load_file(file).items():
+            assert torch.equal(tensor, torch.full_like(tensor, int(name.removeprefix("model.t"))))
