@@ -6,16 +6,17 @@ chunk wrote, decayed on the way:
     K_i = prefix_i K_0 + sum_{j <= i} (alpha_{j+1} ... alpha_i) s_j k_j          (and V, z alike)
 
 The usual way factors the decay as e^{G_i} e^{-G_j}, which overflows as soon as gates are hard. Here pairs are split by
-halves instead: for blocks of 2h tokens (h = 1, 2, 4 ... 32), rows in the second half meet columns in the first half, and
+halves instead: for blocks of 2h tokens (h = 1, 2, 4 ... 32), rows in the second half meet columns in the first, and
 
     alpha_{j+1} ... alpha_i = (alpha_{j+1} ... alpha_mid) (alpha_{mid+1} ... alpha_i) = col_j row_i
 
-Every pair j < i meets in exactly one block, every factor is in [0, 1], so no gate value can overflow and alpha = 0 is as
+Every pair j < i meets in exactly one block, every factor is in [0, 1], so no gate value overflows and alpha = 0 is as
 exact as alpha = 1; and everything is a matrix product. Gradients are autograd's; a segment is recomputed in backward.
 
 Shape legend: spec.py; n = chunks, F = D + E + 1 (keys, values and occupancy of a slot side by side).
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -203,7 +204,7 @@ def chunk_layout(cu_seqlens: Tensor) -> tuple[Tensor, list[int | None], list[int
     begins with it, or None; for each document its last chunk, or None if it is empty."""
     bounds = cu_seqlens.tolist()
     place, starts, ends = [], [], []
-    for n, (begin, end) in enumerate(zip(bounds, bounds[1:])):
+    for n, (begin, end) in enumerate(pairwise(bounds)):
         place.append(torch.arange(end - begin) + len(starts) * CHUNK)
         chunks = -(-(end - begin) // CHUNK)
         starts += [n] + [None] * (chunks - 1) if chunks else []

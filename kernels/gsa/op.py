@@ -3,6 +3,7 @@
 Shape legend: spec.py.
 """
 
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -124,7 +125,7 @@ def abc_gates(s: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     s = s.to(torch.promote_types(s.dtype, torch.float32))
     bounds = [0, s.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
     log_decay, weight = [], []
-    for begin, end in zip(bounds, bounds[1:]):
+    for begin, end in pairwise(bounds):
         part = s[:, begin:end]
         total = torch.logcumsumexp(part, dim=1)
         log_decay.append(torch.cat([total[:, :1], total[:, :-1]], dim=1) - total)
@@ -182,7 +183,7 @@ def check(q, k, v, gate, spec, write, keep, s, q_sink, positions, cu_seqlens, st
         expect("initial_state.position", state.position, (N,))
     if spec.ring > M:
         raise ValueError(f"a ring of {spec.ring} slots does not fit into {M}")
-    if bool(spec.ring) != (write is not None and keep is not None):
+    if [write is not None, keep is not None] != 2 * [bool(spec.ring)]:
         raise ValueError("write and keep belong to the clock: give both with spec.ring > 0 and neither without")
     if spec.ring and spec.gate == "log_alpha":
         raise ValueError("log_alpha gates come ready made: the clock (spec.ring) needs the sigmoid or linear form")

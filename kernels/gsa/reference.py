@@ -4,10 +4,12 @@ The specification that every other implementation is tested against, in any floa
 PyTorch path. Shape legend: spec.py.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
-from .spec import GSASpec, SlotState, gates, read_weights
+from .spec import GSASpec, SlotState, read_weights
 
 
 def step(
@@ -59,13 +61,13 @@ def recurrence(
     """  # fmt: skip
     if cu_seqlens is not None:
         bounds, outputs, states = cu_seqlens.tolist(), [], []
-        for n, (begin, end) in enumerate(zip(bounds, bounds[1:])):
+        for n, (begin, end) in enumerate(pairwise(bounds)):
             document = [None if x is None else x[:, begin:end] for x in (q, k, v, forget, write, positions, q_sink)]
             one = SlotState(*(x[n : n + 1] for x in state))
             o, one = recurrence(*document[:6], one, spec, scale, document[6])
             outputs.append(o)
             states.append(one)
-        return torch.cat(outputs, dim=1), SlotState(*(torch.cat(x) for x in zip(*states)))
+        return torch.cat(outputs, dim=1), SlotState(*(torch.cat(x) for x in zip(*states, strict=True)))
     outputs = [q.new_zeros(*q.shape[:1], 0, *q.shape[2:4], v.shape[-1])]
     for t in range(q.shape[1]):
         sink = None if q_sink is None else q_sink[:, t]

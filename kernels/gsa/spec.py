@@ -30,7 +30,7 @@ class GSASpec:
             log_alpha  alpha = exp(x), s = 1 - alpha or given                         (any gate made elsewhere)
         `linear` reaches 0 and 1 exactly and has slope 1 / damping up to and including both ends, so a layer can start
         as an exact ring buffer (write 1, keep 0) and still learn.
-    ring: number of slots on the clock, sinks included; 0 switches the clock off. Slots from `ring` on are never on turn.
+    ring: number of slots on the clock, sinks included; 0 switches the clock off. Slots from `ring` on have no turn.
     sinks: the first `sinks` slots take one token each and are never on turn again.
     occupancy: carry z_t = alpha z_{t-1} + s and read each slot as what it holds, K/z and V/z with weight z. An empty
         slot is then absent from the softmax instead of taking mass with a zero key.
