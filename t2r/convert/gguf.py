@@ -37,7 +37,7 @@ ATTN_ROT = re.compile(r"blk\.\d+\.attn_rot_embd\.weight")
 
 @dataclass(frozen=True)
 class _Blocks(Stored):
-    """A quantised tensor: `rows` is the shape of its bytes, `kind` their GGML type, `heads` > 0 undoes a permutation."""
+    """A quantised tensor: `rows` is the shape of its bytes, `kind` their type, `heads` > 0 undoes a permutation."""
 
     rows: tuple[int, ...]
     kind: object
@@ -142,7 +142,8 @@ class GgufSource(Source):
         config, metadata = self.config, self._metadata
         if "token_embd.weight" in blocks:
             config.vocab_size = blocks["token_embd.weight"].shape[0]
-        config.head_dim = metadata.get(f"{self._architecture}.attention.key_length", getattr(config, "head_dim", None))
+        if head_dim := metadata.get(f"{self._architecture}.attention.key_length"):
+            config.head_dim = head_dim
         if hasattr(config, "sliding_window"):
             config.sliding_window = None
         for key, token in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):

@@ -7,7 +7,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PureWindowsPath
 
 import torch
 
@@ -179,20 +179,16 @@ class FolderSource(Source):
 
     def load_tokenizer(self):
         if not any((self.path / file).exists() for file in TOKENIZER_FILES):
-            raise UserError(
-                f"no tokenizer: none of {', '.join(TOKENIZER_FILES)}",
-                where=self.path,
-                next=_refetch(self.path, "tokenizer.json tokenizer_config.json"),
-            )
+            what = f"no tokenizer: none of {', '.join(TOKENIZER_FILES)}"
+            raise UserError(what, where=self.path, next=_refetch(self.path, "tokenizer.json tokenizer_config.json"))
         return load_tokenizer(self.path)
 
     def _scan(self) -> dict[str, Stored]:
         found = next((file for file in WEIGHT_FILES if (self.path / file).exists()), None)
         if found is None:
             stray = sorted(p.name for p in self.path.iterdir() if p.suffix in (".safetensors", ".bin", ".gguf"))
-            raise UserError(
-                f"no weights: none of {', '.join(WEIGHT_FILES)}", where=self.path, nearest=stray[0] if stray else None
-            )
+            what = f"no weights: none of {', '.join(WEIGHT_FILES)}"
+            raise UserError(what, where=self.path, nearest=stray[0] if stray else None)
         index = _read_index(self.path / found) if found.endswith(".json") else {}
         files = sorted(set(index.values())) or [found]
         for file in files:
@@ -203,9 +199,8 @@ class FolderSource(Source):
             scan = _scan_safetensors if file.endswith(".safetensors") else _scan_pickle
             for key, stored in scan(self.path / file).items():
                 if key in tensors:
-                    raise UserError(
-                        f"tensor {key} is in two shards: {tensors[key].file.name} and {file}", where=self.path
-                    )
+                    both = f"{tensors[key].file.name} and {file}"
+                    raise UserError(f"tensor {key} is in two shards: {both}", where=self.path)
                 tensors[key] = stored
         for key, file in index.items():
             if key not in tensors or tensors[key].file != self.path / file:
@@ -220,17 +215,16 @@ def load_config(path: Path, gguf_file: str | None = None):
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     where = path / (gguf_file or "config.json")
-    if gguf_file is None:
-        raw = read_json(where)
+    options = {"gguf_file": gguf_file} if gguf_file else {}
+    raw = {} if gguf_file else read_json(where)
+    try:
         kind = raw.get("model_type")
-        if kind not in CONFIG_MAPPING:
+        if raw and kind not in CONFIG_MAPPING:
             close = nearest(str(kind), CONFIG_MAPPING.keys())
             raise UserError(f"unknown model_type {kind!r}", where=where, nearest=close)
         if quantised := raw.get("quantization_config"):
             method = quantised.get("quant_method", "unnamed method")
             raise UserError(f"the weights are quantised ({method}); only plain weights and GGUF are read", where=where)
-    options = {"gguf_file": gguf_file} if gguf_file else {}
-    try:
         return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False, **options)
     except (StrictDataclassError, OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         cause = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
@@ -272,9 +266,8 @@ def _read_index(path: Path) -> dict[str, str]:
     suffix = ".safetensors" if path.name.startswith("model.safetensors") else ".bin"
     for key, file in index.items():
         # Spelling, not resolved paths: in the hub cache every shard is a link to a file elsewhere.
-        escapes = (
-            ".." in PureWindowsPath(file).parts or PurePosixPath(file).is_absolute() or PureWindowsPath(file).anchor
-        )
+        # Windows' reading of a path is the strictest: it has all of POSIX's anchors and separators, and its own.
+        escapes = PureWindowsPath(file).anchor or ".." in PureWindowsPath(file).parts
         if escapes or not file.endswith(suffix):
             fault = "leaves the folder" if escapes else f"is not a {suffix} file"
             raise UserError(f"the index places tensor {key} in {file!r}, which {fault}", where=path)
@@ -302,26 +295,19 @@ def _scan_safetensors(path: Path) -> dict[str, Stored]:
             pass
         for key, entry in header.items():
             if entry["dtype"] not in SAFETENSORS_DTYPES:
-                close = nearest(entry["dtype"], SAFETENSORS_DTYPES)
-                raise UserError(
-                    f"tensor {key} has dtype {entry['dtype']}, which is not read", where=path, nearest=close
-                )
+                raise UserError(f"tensor {key} has dtype {entry['dtype']}, which is not read", where=path)
     except (SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{path.name} is not a readable safetensors file: {first_line(error)}", where=path) from error
-    return {
-        key: Stored(
-            path, key, tuple(entry["shape"]), SAFETENSORS_DTYPES[entry["dtype"]], data + entry["data_offsets"][0]
-        )
-        for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-    }
+    stored = {}
+    for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype, offset = SAFETENSORS_DTYPES[entry["dtype"]], data + entry["data_offsets"][0]
+        stored[key] = Stored(path, key, tuple(entry["shape"]), dtype, offset)
+    return stored
 
 
 def _truncated(path: Path, size: int, needed: int) -> UserError:
-    return UserError(
-        f"{path.name} is truncated: {size:,} bytes of at least {needed:,}",
-        where=path,
-        next=_refetch(path.parent, path.name),
-    )
+    what = f"{path.name} is truncated: {size:,} bytes of at least {needed:,}"
+    return UserError(what, where=path, next=_refetch(path.parent, path.name))
 
 
 def _refetch(folder: Path, files: str) -> str:
@@ -355,8 +341,6 @@ def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _download(repo: str) -> Path:
-    import fnmatch
-
     from huggingface_hub import snapshot_download
 
     def fetch(weights: list[str]) -> Path:
@@ -366,13 +350,10 @@ def _download(repo: str) -> Path:
 
     try:
         path = fetch(["*.safetensors"])
-        if not fnmatch.filter((p.name for p in path.iterdir()), "*.safetensors"):
-            path = fetch(["*.bin"])
-        return path
+        return path if any(path.glob("*.safetensors")) else fetch(["*.bin"])
     except Exception as error:  # the hub client's HTTP errors share no base class with its own
-        raise UserError(
-            f"no folder {repo!r} here, and the hub did not deliver it: {first_line(error)}", next=f"hf download {repo}"
-        ) from error
+        what = f"no folder {repo!r} here, and the hub did not deliver it: {first_line(error)}"
+        raise UserError(what, next=f"hf download {repo}") from error
 
 
 def _package_path(spec: str) -> Path:
