@@ -31,6 +31,12 @@ UNDERSTOOD = {
     "rope.scaling.factor",
     "rope.scaling.original_context_length",
 }
+SPECIAL_TOKENS = {
+    "bos": "tokenizer.ggml.bos_token_id",
+    "eos": "tokenizer.ggml.eos_token_id",
+    "pad": "tokenizer.ggml.padding_token_id",
+    "unk": "tokenizer.ggml.unknown_token_id",
+}
 ROPE_FREQS = "rope_freqs.weight"
 ATTN_ROT = re.compile(r"blk\.\d+\.attn_rot_embd\.weight")
 
@@ -72,7 +78,12 @@ class GgufSource(Source):
     def load_tokenizer(self):
         if "tokenizer.ggml.model" not in self._metadata:
             raise UserError("no tokenizer in this GGUF file", where=self.path)
-        return load_tokenizer(self.path.parent, self.path.name)
+        tokenizer = load_tokenizer(self.path.parent, self.path.name)
+        # transformers 5.17 swaps bos and eos when it reads them from a GGUF file.
+        for role, key in SPECIAL_TOKENS.items():
+            if (token := self._metadata.get(key)) is not None:
+                setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(token))
+        return tokenizer
 
     def _check_architecture(self) -> None:
         architecture = self._architecture
@@ -146,8 +157,8 @@ class GgufSource(Source):
             config.head_dim = head_dim
         if hasattr(config, "sliding_window"):
             config.sliding_window = None
-        for key, token in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
-            setattr(config, f"{key}_token_id", metadata.get(f"tokenizer.ggml.{token}_token_id"))
+        for role in ("bos", "eos", "pad"):
+            setattr(config, f"{role}_token_id", metadata.get(SPECIAL_TOKENS[role]))
         end_of_turn = metadata.get("tokenizer.ggml.eot_token_id", config.eos_token_id)
         if end_of_turn != config.eos_token_id:
             config.eos_token_id = [config.eos_token_id, end_of_turn]

@@ -48,7 +48,9 @@ class GSAttention:
         self.config = copy.copy(self.config)
         self.config._attn_implementation = "gsa"
         with torch.device(weight.device):
-            self.f_proj = nn.Linear(self.config.hidden_size, self.kv_heads * gsa_config.slots, bias=False, dtype=weight.dtype)
+            self.f_proj = nn.Linear(
+                self.config.hidden_size, self.kv_heads * gsa_config.slots, bias=False, dtype=weight.dtype
+            )
             if gsa_config.ring:
                 self.write = nn.Parameter(torch.empty(self.kv_heads, gsa_config.slots))
                 self.keep = nn.Parameter(torch.empty(self.kv_heads, gsa_config.slots))

@@ -53,7 +53,9 @@ class GSAConfig:
     def to_dict(self) -> dict:
         return asdict(self)
 
-    def new_tensors(self, hidden: int, heads: int, kv_heads: int, head_dim: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    def new_tensors(
+        self, hidden: int, heads: int, kv_heads: int, head_dim: int, seed: int = 0
+    ) -> dict[str, torch.Tensor]:
         """The parameters that GSA adds to one attention module, at their starting values, in float32.
 
         f_proj.weight [H*M, hidden]; with a clock write, keep [H, M]; with output_norm g_norm.weight [heads * head_dim].
@@ -84,7 +86,9 @@ PRESETS = {
 def preset(name: str, slots: int | None = None, sinks: int | None = None) -> GSAConfig:
     """A preset with the number of slots and sinks replaced; UserError where they do not fit."""
     if name not in PRESETS:
-        raise UserError(f"unknown preset {name!r}", where="--preset", nearest=nearest(name, PRESETS) or ", ".join(PRESETS))
+        raise UserError(
+            f"unknown preset {name!r}", where="--preset", nearest=nearest(name, PRESETS) or ", ".join(PRESETS)
+        )
     gsa = PRESETS[name]
     if slots is not None:
         if slots < 1:
@@ -96,7 +100,9 @@ def preset(name: str, slots: int | None = None, sinks: int | None = None) -> GSA
         gsa = replace(gsa, sinks=sinks)
     if gsa.ring and not 0 <= gsa.sinks < gsa.ring:
         raise UserError(
-            f"{gsa.sinks} sinks leave no slot of {gsa.ring} for the ring", where="--sinks", nearest=str(min(4, gsa.ring - 1))
+            f"{gsa.sinks} sinks leave no slot of {gsa.ring} for the ring",
+            where="--sinks",
+            nearest=str(min(4, gsa.ring - 1)),
         )
     return gsa
 

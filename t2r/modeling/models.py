@@ -132,7 +132,9 @@ def model_classes(family: Family) -> tuple[type, type]:
     source, config_class = CONFIG_MAPPING[family.model_type], CONFIG_CLASSES[family.model_type]
     base_source, lm_source = MODEL_MAPPING[source], MODEL_FOR_CAUSAL_LM_MAPPING[source]
     common = {"__module__": __name__, "config_class": config_class}
-    base = type(f"GSA{base_source.__name__}", (GSAMixin, base_source), {**common, "__doc__": f"GSA {base_source.__name__}"})
+    base = type(
+        f"GSA{base_source.__name__}", (GSAMixin, base_source), {**common, "__doc__": f"GSA {base_source.__name__}"}
+    )
 
     def __init__(self, config):
         lm_source.__init__(self, config)

@@ -1,0 +1,192 @@
+"""What a conversion will do, tensor by tensor, worked out from names and shapes before a weight is read."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from t2r.convert.source import Source
+from t2r.errors import UserError
+from t2r.families import family_of
+from t2r.modeling.configuration import CONFIG_CLASSES, GSAConfig, preset
+
+Status = Literal["copied", "transformed", "new", "tied", "ignored"]
+MEMORY_FLOOR = 600_000_000  # python, torch and transformers before the first tensor
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of the source or of the result. status: copied bit for bit; transformed (note says how); new (added by
+    GSA); tied (stored by the source, but the model reads another tensor in its place); ignored (no weight)."""
+
+    name: str
+    status: Status
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A conversion: config of the result, every tensor, and the starting values of the new ones."""
+
+    source: Source
+    config: object
+    gsa: GSAConfig
+    preset: str
+    entries: list[Entry]
+    new_tensors: dict[str, torch.Tensor]
+
+    @property
+    def targets(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of every tensor to write, in the order of reading."""
+        written = (e for e in self.entries if e.status in ("copied", "transformed", "new"))
+        return {e.name: (e.shape, e.dtype) for e in written}
+
+    @property
+    def disk_bytes(self) -> int:
+        return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.targets.values()) + 20_000_000
+
+    @property
+    def ram_bytes(self) -> int:
+        largest = max(torch.Size(e.shape).numel() for e in self.entries)
+        return MEMORY_FLOOR + 2 * 4 * largest
+
+    @property
+    def verify_ram_bytes(self) -> int:
+        """Three float32 models at once: source, softmax put back, GSA."""
+        return MEMORY_FLOOR + 3 * 4 * self.parameters()[0]
+
+    def parameters(self) -> tuple[int, int]:
+        """(all, new) parameters of the result."""
+        count = {e.name: torch.Size(e.shape).numel() for e in self.entries if e.name in self.targets}
+        return sum(count.values()), sum(count[name] for name in self.new_tensors)
+
+    @property
+    def state_bytes(self) -> int:
+        """Memory of one sequence, however long."""
+        c = self.config
+        per_layer = 4 * c.num_key_value_heads * self.gsa.slots * (2 * c.head_dim + 1) + 8
+        return c.num_hidden_layers * per_layer
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """What the source's key-value cache grows by with each token, in the dtype to write."""
+        c = self.config
+        return c.num_hidden_layers * 2 * c.num_key_value_heads * c.head_dim * c.dtype.itemsize
+
+    def __str__(self) -> str:
+        total, new = self.parameters()
+        counts = {status: sum(e.status == status for e in self.entries) for status in Status.__args__}
+        gsa, c = self.gsa, self.config
+        ring = f", {gsa.sinks} sinks" if gsa.ring else ""
+        even = self.state_bytes / self.cache_bytes_per_token
+        rows = {
+            "source": f"{self.source.spec} ({c.model_type.removeprefix('gsa_')}, {c.num_hidden_layers} layers, "
+            f"{c.num_attention_heads} heads, {c.num_key_value_heads} kv heads)",
+            "result": f"{c.architectures[0]}, preset {self.preset}: {gsa.slots} slots{ring}",
+            "parameters": f"{total:,}, of them {new:,} new ({new / total:.2%})",
+            "tensors": ", ".join(f"{n} {status}" for status, n in counts.items() if n),
+            "dtype": f"{str(c.dtype).removeprefix('torch.')}",
+            "state": f"{self.state_bytes / 1e6:.2f} MB a sequence at any length; a key-value cache passes it after "
+            f"{even:.0f} tokens",
+            "disk": f"{self.disk_bytes / 1e9:.2f} GB",
+            "memory": f"{self.ram_bytes / 1e9:.2f} GB to convert, {self.verify_ram_bytes / 1e9:.2f} GB to verify",
+        }
+        return "\n".join(f"{key:<11} {value}" for key, value in rows.items())
+
+    def report(self) -> dict:
+        """The plan as plain data, for conversion.json."""
+        return {
+            "source": str(self.source.spec),
+            "preset": self.preset,
+            "parameters": dict(zip(("all", "new"), self.parameters(), strict=True)),
+            "state_bytes": self.state_bytes,
+            "tensors": {
+                e.name: {
+                    "status": e.status,
+                    "shape": list(e.shape),
+                    "dtype": str(e.dtype).removeprefix("torch."),
+                    **({"note": e.note} if e.note else {}),
+                }
+                for e in self.entries
+            },
+        }
+
+
+def make_plan(source: Source, preset_name: str, slots: int | None, sinks: int | None, dtype: str | None) -> Plan:
+    """Work out the conversion of `source`; dtype None keeps the source's.
+
+    Raises UserError for an unsupported architecture, impossible options, and for every tensor of the source that would
+    be dropped, every tensor of the result that nothing provides and every shape that disagrees with the config.
+    """
+    family = family_of(source.config.model_type, where=source.path)
+    gsa = preset(preset_name, slots, sinks)
+    if gsa.sinks and gsa.rope:
+        # Half of what the source was trained on: far enough for its own sinks, surely inside its rotary range.
+        gsa = replace(gsa, sink_distance=source.config.max_position_embeddings // 2)
+    to_dtype = getattr(torch, dtype) if dtype else None
+    main_dtype = to_dtype or source.dtype(next(name for name in source.names() if name.endswith("o_proj.weight")))
+    config = gsa_config(source.config, family.model_type, gsa, main_dtype)
+    target, new = target_tensors(config)
+
+    entries, wrong = [], []
+    for name in source.names():
+        shape, stored = source.shape(name), source.dtype(name)
+        final = to_dtype if to_dtype and stored.is_floating_point else stored
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            entries.append(Entry(name, "tied", shape, stored, "the model reads model.embed_tokens.weight"))
+            continue
+        if name not in target:
+            wrong.append(f"{name} of the source has no place in the result: it would be dropped")
+        elif target[name] != shape:
+            wrong.append(f"{name} has shape {list(shape)}, the config asks for {list(target[name])}")
+        notes = ["dequantised to float32"] if source.is_quantised else []
+        notes += [f"{name_of(stored)} -> {name_of(final)}"] if final != stored else []
+        entries.append(Entry(name, "transformed" if notes else "copied", shape, final, ", ".join(notes)))
+    entries += [Entry(n, "new", tuple(x.shape), new_dtype(n, main_dtype)) for n, x in new.items()]
+    entries += [Entry(name, "ignored", (), torch.uint8, reason) for name, reason in source.ignored.items()]
+    provided = {e.name for e in entries}
+    wrong += [f"{name} is missing from the source" for name in target if name not in provided]
+    if wrong:
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise UserError(wrong[0] + more, where=source.path)
+    return Plan(source, config, gsa, preset_name, entries, new)
+
+
+def gsa_config(source_config, model_type: str, gsa: GSAConfig, dtype: torch.dtype):
+    """The result's config: the source's, with the record of the GSA layers."""
+    values = source_config.to_dict()
+    for name in ("model_type", "architectures", "quantization_config", "transformers_version", "_name_or_path"):
+        values.pop(name, None)
+    config_class = CONFIG_CLASSES[model_type]
+    config = config_class.from_dict({**values, "gsa": gsa.to_dict(), "dtype": dtype})
+    config.architectures = [config_class.__name__.replace("Config", "ForCausalLM")]
+    return config
+
+
+def target_tensors(config) -> tuple[dict[str, tuple[int, ...]], dict[str, torch.Tensor]]:
+    """Of the model that `config` describes: shape of each stored tensor, and the values of those that GSA adds."""
+    from transformers import AutoModelForCausalLM
+
+    from t2r.modeling.attention import GSAttention
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    new = {}
+    for prefix, module in model.named_modules():
+        if isinstance(module, GSAttention):
+            new |= {f"{prefix}.{name}": x for name, x in module.new_tensors().items()}
+    shapes = {name: tuple(x.shape) for name, x in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        del shapes["lm_head.weight"]
+    return shapes, new
+
+
+def new_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """Projections and norms are stored like the model, gate biases in float32: they are far from bfloat16's grid."""
+    return torch.float32 if name.rsplit(".", 1)[-1] in ("write", "keep") else dtype
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
