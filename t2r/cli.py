@@ -183,6 +183,8 @@ def run(argv: Sequence[str]) -> int:
     verb, arguments = parse(argv)
     if verb is None:
         return 0
+    if not sys.stderr.isatty():  # in a log, each step of a library's progress bar would be a line
+        os.environ.setdefault("TQDM_DISABLE", "1")
     module, function = verb.target.split(":")
     report = getattr(import_module(module), function)(**arguments)
     if not hasattr(report, "passed"):

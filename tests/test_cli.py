@@ -184,6 +184,18 @@ def test_a_reader_that_leaves_early_is_no_error():
     assert (result.returncode, result.stderr) == (141, "")
 
 
+def test_a_log_holds_no_progress_bars():
+    code = """
+import sys, types
+from t2r import cli
+sys.modules["bar"] = types.SimpleNamespace(run=lambda: list(__import__("tqdm").tqdm([1, 2])))
+cli.VERBS["env"] = cli.VERBS["env"]._replace(target="bar:run")
+cli.main(["env"])
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 def test_env_prints_versions_and_hardware(capsys):
     assert cli.main(["env"]) == 0
     facts = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines())
