@@ -31,6 +31,8 @@ def fixed_seeds():
 @pytest.fixture(autouse=True)
 def poisoned_empty(monkeypatch):
     """Memory that nobody has written holds NaN, so that a result which depends on it cannot pass by luck."""
+    # `with torch.device(...)` recognises constructors from a list that it makes once: before we replace two of them.
+    torch.utils._device._device_constructors()
 
     def poisoned(allocate):
         def wrapper(*args, **kwargs):
