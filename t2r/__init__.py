@@ -4,6 +4,7 @@ After `import t2r`, transformers' AutoConfig and AutoModelForCausalLM load conve
 """
 
 import sys
+from importlib import import_module
 from importlib.util import find_spec
 
 __version__ = "0.1.0"
@@ -17,15 +18,13 @@ _AUTO_CONFIG = "transformers.models.auto.configuration_auto"
 
 
 class _OnFirstUse:
-    """Stands for the configuration class of one model type until `t2r.modeling.register()` has put it in its place."""
+    """Stands for the configuration class of one model type until `t2r.modeling` has put that in its place."""
 
     def __init__(self, model_type):
         self._model_type = model_type
 
     def _config_class(self):
-        from t2r.modeling import register
-
-        register()
+        import_module("t2r.modeling")
         return sys.modules[_AUTO_CONFIG].CONFIG_MAPPING[self._model_type]
 
     def __call__(self, *args, **kwargs):

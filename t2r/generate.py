@@ -43,11 +43,6 @@ def generate(
         raise UserError(f"no device {device}: torch sees no GPU", where="--device", nearest="cpu", next="t2r env")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = source.load_tokenizer()
-    network = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype or "auto", local_files_only=True).eval()
-    network = network.to(device)
-    if seed is not None:
-        set_seed(seed)
-
     if chat is None:
         chat = bool(tokenizer.chat_template)
     if chat and not tokenizer.chat_template:
@@ -59,8 +54,12 @@ def generate(
         )
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
+    network = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype or "auto", local_files_only=True).eval()
+    network = network.to(device)
     streamer = TimedStreamer(tokenizer, prompt_tokens=inputs["input_ids"].shape[1])
     cache = DynamicCache(config=network.config)
+    if seed is not None:
+        set_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
     if not temperature:
         # greedy decoding reads none of these; left at the model's defaults they only raise warnings

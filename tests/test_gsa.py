@@ -212,8 +212,8 @@ def test_chunk_against_step_over_100k_tokens():
 
 @settings(max_examples=60, deadline=None)
 @given(
-    R=st.integers(2, 40), S=st.integers(0, 6), extra=st.integers(0, 5), T=st.integers(1, 150), G=st.sampled_from([1, 3]),
-    form=st.sampled_from(["linear", "sigmoid"]), seed=st.integers(0, 2**31),
+    R=st.integers(2, 40), S=st.integers(0, 6), extra=st.integers(0, 5), T=st.integers(1, 150),
+    G=st.sampled_from([1, 3]), form=st.sampled_from(["linear", "sigmoid"]), seed=st.integers(0, 2**31),
 )  # fmt: skip
 def test_ring_is_windowed_attention_with_sinks(R, S, extra, T, G, form, seed):
     """At zero gate logits the clock makes GSA softmax attention over the first S and the last R - S tokens, exactly."""
@@ -359,7 +359,7 @@ def test_chunk_gsa_door(abc):
 
 
 def test_paper_form_is_two_linear_attention_passes():
-    """gsa() with the paper's spec equals eq. 7-8 written out: silu on q, k, v, alpha = sigmoid(x)^(1/8), s = 1 - alpha."""
+    """gsa() with the paper's spec is eq. 7-8 written out: silu on q, k, v; alpha = sigmoid(x)^(1/8); s = 1 - alpha."""
     args, _ = draw(PAPER, B=1, T=70, H=2, G=3, D=8, M=16)
     g = logsigmoid(args["gate"]) / 8
     zero = torch.zeros(1, 2, 8, 16, dtype=torch.float64)

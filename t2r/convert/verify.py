@@ -95,9 +95,8 @@ def verify(model: str | Path, source: str) -> Report:
         if rounded(opened, converted):
             before = teacher(ids).logits
             round_like(teacher, converted)
-            report.checks.append(
-                Check("rounding moves the source's logits by", distance(before, teacher(ids).logits), note="not a fault")
-            )
+            moved = distance(before, teacher(ids).logits)
+            report.checks.append(Check("rounding moves the source's logits by", moved, note="not a fault"))
         logits = teacher(ids).logits
         softmax = softmax_back(converted, opened)
         report.checks.append(

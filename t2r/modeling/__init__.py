@@ -1,11 +1,20 @@
-"""Converted models as Hugging Face models: configuration, attention, cache, classes."""
+"""Converted models as Hugging Face models: configuration, attention, cache, classes.
 
+Importing this package makes transformers' Auto classes know them; t2r/__init__.py has it imported when they are needed.
+"""
 
-def register() -> None:
-    """Make transformers' Auto classes load converted folders; called by `import t2r`."""
-    from transformers.models.auto.configuration_auto import AutoConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-    from .configuration import CONFIG_CLASSES
+from t2r.families import FAMILIES
 
-    for config_class in CONFIG_CLASSES.values():
-        AutoConfig.register(config_class.model_type, config_class)
+from .configuration import CONFIG_CLASSES, GSAConfig, preset
+from .models import model_classes
+
+__all__ = ["CONFIG_CLASSES", "GSAConfig", "model_classes", "preset"]
+
+for _family in FAMILIES.values():
+    _config = CONFIG_CLASSES[_family.model_type]
+    _base, _lm = model_classes(_family)
+    AutoConfig.register(_family.gsa_model_type, _config, exist_ok=True)  # in place of its stand-in
+    AutoModel.register(_config, _base)
+    AutoModelForCausalLM.register(_config, _lm)

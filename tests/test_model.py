@@ -1,0 +1,308 @@
+"""GSA models as Hugging Face models: equal to their source at the start, and the same however a text is read."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn.functional import logsigmoid, silu
+from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+
+import t2r  # noqa: F401
+from t2r.errors import UserError
+from t2r.kernels.gsa import GSASpec, gsa
+from t2r.modeling.attention import GSAttention, turn_pairs
+from t2r.modeling.cache import SlotCacheLayer
+from t2r.modeling.configuration import CONFIG_CLASSES, GSAConfig, preset
+
+SIZES = {
+    "vocab_size": 97, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 6,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, "initializer_range": 0.2,
+    "bos_token_id": 1, "eos_token_id": 96, "pad_token_id": 0,
+}  # fmt: skip
+SLOTS, SINKS = 16, 3
+
+
+def teacher_model():
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+
+
+def student_model(name="exact", trained=True, **changes):
+    """A converted tiny model; trained: with gates that do everything a gate can do, not the clock alone."""
+    record = preset(name, slots=SLOTS, sinks=SINKS if name == "exact" else None).to_dict() | changes
+    model = AutoModelForCausalLM.from_config(CONFIG_CLASSES["llama"](**SIZES, gsa=record)).eval()
+    missing, unexpected = model.load_state_dict(teacher_model().state_dict(), strict=False)
+    assert not unexpected and all("self_attn" in key for key in missing)
+    if trained:
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for module in model.modules():
+                if isinstance(module, GSAttention):
+                    module.f_proj.weight.normal_(std=module.gsa.damping / 10)
+                    if module.gsa.ring:
+                        module.write.add_(0.2 * torch.randn_like(module.write))
+                        module.keep.add_(0.2 * torch.randn_like(module.keep))
+    return model
+
+
+def tokens(*shape, seed=0):
+    return torch.randint(1, 96, shape, generator=torch.Generator().manual_seed(seed))
+
+
+CASES = pytest.mark.parametrize("model", ["exact", "paper"], indirect=True)
+
+
+@pytest.fixture
+def model(request):
+    return student_model(request.param)
+
+
+def same(a, b, atol=1e-4):
+    torch.testing.assert_close(a, b, rtol=0, atol=atol)
+
+
+@torch.no_grad()
+def test_exact_start_equals_the_teacher_then_its_window():
+    teacher, student, ids = teacher_model(), student_model(trained=False), tokens(2, 150)
+    start, full = student(ids).logits, teacher(ids).logits
+    same(start[:, :SLOTS], full[:, :SLOTS])
+    t = torch.arange(150)
+    seen = (t[None] <= t[:, None]) & (
+        (t[None] < SINKS) | (t[None] > t[:, None] - (SLOTS - SINKS)) | (t[:, None] < SLOTS)
+    )
+    window = torch.where(seen, 0.0, torch.finfo(torch.float32).min)[None, None]
+    same(start, teacher(ids, attention_mask=window).logits)
+    assert (start - full).abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_paper_layer_is_its_equations():
+    """silu on q, k, v, no RoPE, no scale, alpha = sigmoid(W x)^(1/8), then W_o RMSNorm(silu(o)) (paper eq. 7-9)."""
+    layer = student_model("paper").model.layers[1].self_attn
+    x = torch.randn(2, 70, 48)
+    q, k, v = (silu(p(x)).unflatten(-1, (-1, 16)) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
+    g = logsigmoid(layer.f_proj(x)).unflatten(-1, (2, SLOTS)) / 8
+    o, _ = gsa(q, k, v, g, s=1 - g.exp(), spec=GSASpec(gate="log_alpha"), scale=1.0, backend="reference")
+    o = silu(o.flatten(2))
+    expected = layer.o_proj(layer.g_norm.weight * o / (o.square().mean(-1, keepdim=True) + 1e-5).sqrt())
+    rope = torch.randn(2, 70, 16)  # must not matter
+    same(layer(x, position_embeddings=(rope, rope))[0], expected)
+
+
+@CASES
+@torch.no_grad()
+def test_reading_at_once_in_parts_and_by_token_agree(model):
+    ids = tokens(2, 150)
+    whole = model(ids).logits
+    for cuts in ([0, 150], [0, 64, 65, 150], [0, 7, *range(8, 151)]):
+        cache = DynamicCache(config=model.config)
+        parts = [model(ids[:, a:b], past_key_values=cache).logits for a, b in zip(cuts, cuts[1:], strict=False)]
+        same(torch.cat(parts, dim=1), whole)
+        assert cache.get_seq_length() == 150 and all(isinstance(layer, SlotCacheLayer) for layer in cache.layers)
+
+
+@CASES
+@torch.no_grad()
+def test_padding_on_either_side_changes_nothing(model):
+    rows = [tokens(1, n, seed=n) for n in (90, 33, 64)]
+    alone = [model(row).logits[0] for row in rows]
+    for left in (True, False):
+        batch, mask = torch.full((3, 90), 5), torch.zeros(3, 90, dtype=torch.long)
+        for i, row in enumerate(rows):
+            where = slice(90 - row.shape[1], 90) if left else slice(0, row.shape[1])
+            batch[i, where], mask[i, where] = row[0], 1
+        logits = model(batch, attention_mask=mask).logits
+        for i, want in enumerate(alone):
+            same(logits[i, mask[i] == 1], want)
+        if left:
+            cache, parts = DynamicCache(), []
+            for a, b in ((0, 70), (70, 71), (71, 90)):
+                parts.append(model(batch[:, a:b], attention_mask=mask[:, :b], past_key_values=cache).logits)
+            for i, want in enumerate(alone):
+                same(torch.cat(parts, dim=1)[i, mask[i] == 1], want)
+
+
+@CASES
+@torch.no_grad()
+def test_packed_documents_are_read_alone(model):
+    lengths = [40, 1, 23, 86, 50]
+    documents = [tokens(1, n, seed=n) for n in lengths]
+    want = torch.cat([model(d).logits for d in documents], dim=1)
+    ids = torch.cat(documents, dim=1)
+    position_ids = torch.cat([torch.arange(n) for n in lengths])[None]
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    same(model(ids, position_ids=position_ids, use_cache=False).logits, want)
+    same(model(ids, cu_seq_lens_q=bounds, use_cache=False).logits, want)
+    # two rows of 100 tokens, bounds over both
+    two_rows = model(ids.view(2, 100), cu_seq_lens_q=bounds.unique(), use_cache=False).logits.flatten(0, 1)[None]
+    bounds_with_row = torch.tensor(sorted({*bounds.tolist(), 100}))
+    split = model(ids, cu_seq_lens_q=bounds_with_row, use_cache=False).logits
+    same(model(ids.view(2, 100), cu_seq_lens_q=bounds_with_row, use_cache=False).logits.flatten(0, 1)[None], split)
+    same(two_rows, want)
+
+
+GENERATION = {
+    "greedy": {"do_sample": False},
+    "sampling": {"do_sample": True, "temperature": 1.3, "top_k": 20},
+    "beams": {"do_sample": False, "num_beams": 3},
+    "several_samples": {"do_sample": True, "num_return_sequences": 3},
+    "prefill_in_chunks": {"do_sample": False, "prefill_chunk_size": 8},
+    "static_cache": {"do_sample": False, "cache_implementation": "static"},
+}
+
+
+@CASES
+@pytest.mark.parametrize("how", GENERATION)
+def test_generation_with_memory_equals_without(model, how):
+    """The memory changes how fast tokens come, not which: use_cache=False reads the whole text anew for each."""
+    ids, options = tokens(2, 37), GENERATION[how]
+    torch.manual_seed(3)
+    with_memory = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, **options)
+    torch.manual_seed(3)
+    plain = {k: v for k, v in options.items() if k not in ("prefill_chunk_size", "cache_implementation")}
+    without = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, use_cache=False, **plain)
+    assert torch.equal(with_memory, without)
+
+
+@CASES
+def test_left_padded_generation_equals_each_alone(model):
+    rows = [tokens(1, n, seed=n) for n in (41, 12, 30)]
+    batch, mask = torch.zeros(3, 41, dtype=torch.long), torch.zeros(3, 41, dtype=torch.long)
+    for i, row in enumerate(rows):
+        batch[i, 41 - row.shape[1] :], mask[i, 41 - row.shape[1] :] = row[0], 1
+    together = model.generate(batch, attention_mask=mask, max_new_tokens=40, do_sample=False)
+    for i, row in enumerate(rows):
+        alone = model.generate(row, attention_mask=torch.ones_like(row), max_new_tokens=40, do_sample=False)
+        mine = together[i, 41:].tolist()
+        theirs = alone[0, row.shape[1] :].tolist()
+        assert mine[: len(theirs)] == theirs
+
+
+@CASES
+def test_generation_continues_from_a_cache(model):
+    ids = tokens(1, 30)
+    cache = DynamicCache(config=model.config)
+    first = model.generate(ids, max_new_tokens=10, do_sample=False, past_key_values=cache)
+    longer = torch.cat([first, tokens(1, 9, seed=5)], dim=1)
+    went_on = model.generate(longer, max_new_tokens=10, do_sample=False, past_key_values=cache)
+    assert torch.equal(went_on, model.generate(longer, max_new_tokens=10, do_sample=False))
+
+
+@CASES
+@torch.no_grad()
+def test_state_size_is_constant_and_forks(model):
+    cache, sizes = DynamicCache(), []
+    for _ in range(3):
+        model(tokens(1, 50), past_key_values=cache)
+        sizes.append(sum(layer.nbytes for layer in cache.layers))
+    assert sizes == [2 * (4 * 2 * SLOTS * (16 + 16 + 1) + 8)] * 3
+    fork = copy.deepcopy(cache)
+    a, b = tokens(1, 20, seed=1), tokens(1, 20, seed=2)
+    want = model(b, past_key_values=copy.deepcopy(cache)).logits
+    model(a, past_key_values=fork)
+    same(model(b, past_key_values=cache).logits, want, atol=0)
+    cache.reset()
+    same(model(b, past_key_values=cache).logits, model(b).logits)
+
+
+def test_a_cache_of_another_model_is_refused():
+    ids = tokens(1, 5)
+    cache = teacher_model()(ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="keys and values of another model"):
+        student_model()(ids, past_key_values=cache)
+
+
+@torch.no_grad()
+def test_static_cache_object():
+    model, ids = student_model(), tokens(1, 40)
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    parts = [model(ids[:, a:b], past_key_values=cache).logits for a, b in ((0, 20), (20, 40))]
+    same(torch.cat(parts, dim=1), model(ids).logits)
+
+
+@CASES
+def test_gradient_checkpointing_changes_no_gradient(model):
+    ids, grads = tokens(2, 70), []
+    model.train()
+    for checkpointing in (False, True):
+        model.gradient_checkpointing_enable() if checkpointing else model.gradient_checkpointing_disable()
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        grads.append({name: p.grad.clone() for name, p in model.named_parameters()})
+        # a gate at rest may have gradient 0; the projections of a live layer may not
+        assert all(g.abs().sum() > 0 for name, g in grads[-1].items() if "proj" in name)
+    for name, grad in grads[0].items():
+        same(grads[1][name], grad, atol=1e-6)
+
+
+@CASES
+def test_save_and_load(model, tmp_path):
+    ids = tokens(1, 60)
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert type(loaded).__name__ == "GSALlamaForCausalLM" and GSAConfig.of(loaded.config) == GSAConfig.of(model.config)
+    with torch.no_grad():
+        same(loaded(ids).logits, model(ids).logits, atol=0)
+        base = AutoModel.from_pretrained(tmp_path)
+        same(base(ids).last_hidden_state, model.model(ids).last_hidden_state, atol=0)
+
+
+def test_gate_biases_stay_float32_in_a_bfloat16_model(tmp_path):
+    model = student_model()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    layer, source = loaded.model.layers[0].self_attn, model.model.layers[0].self_attn
+    assert layer.f_proj.weight.dtype == torch.bfloat16
+    assert torch.equal(layer.write, source.write) and torch.equal(layer.keep, source.keep)
+    with torch.no_grad():
+        assert torch.isfinite(loaded(tokens(1, 60)).logits).all()
+
+
+def test_tensors_missing_from_a_checkpoint_start_as_conversion_starts_them(tmp_path):
+    teacher = teacher_model()
+    teacher.save_pretrained(tmp_path)
+    student = student_model(trained=False)
+    student.config.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for name, x in student.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], x), name
+
+
+@torch.no_grad()
+def test_far_sinks_are_read_at_the_bounded_distance():
+    """Beyond sink_distance a sink's logit is that of a query sink_distance tokens away; up to it nothing changes."""
+    rotary = teacher_model().model.rotary_emb
+    q = torch.randn(1, 100, 6, 16)
+
+    def turned(positions):
+        cos, sin = rotary(q, positions[None])
+        return turn_pairs(q, cos.float(), sin.float())
+
+    t = torch.arange(100)
+    model = student_model(trained=False, sink_distance=40)
+    turn = model.model.sink_turn(t[None], longest=100)
+    same(turn_pairs(turned(t), *turn), turned(t.clamp(max=40)), atol=1e-5)
+    assert model.model.sink_turn(t[None, :41], longest=41) is None
+
+    ids, unbounded = tokens(1, 100), student_model(trained=False)
+    near, far = model(ids).logits, unbounded(ids).logits
+    same(near[:, :41], far[:, :41])
+    assert (near[:, 41:] - far[:, 41:]).abs().max() > 1e-3
+    cache = DynamicCache()
+    parts = [model(ids[:, a:b], past_key_values=cache).logits for a, b in ((0, 30), (30, 55), (55, 56), (56, 100))]
+    same(torch.cat(parts, dim=1), near)
+
+
+def test_presets_refuse_what_cannot_be():
+    for options in ({"slots": 0}, {"slots": 4, "sinks": 4}, {"sinks": -1}):
+        with pytest.raises(UserError):
+            preset("exact", **options)
+    with pytest.raises(UserError, match="no clock"):
+        preset("paper", sinks=4)
+    with pytest.raises(UserError, match="nearest valid: exact"):
+        preset("exat")
+    config = CONFIG_CLASSES["llama"](**SIZES, gsa={"slotz": 4})
+    with pytest.raises(UserError, match="unknown GSA setting 'slotz'.*nearest valid: slots"):
+        AutoModelForCausalLM.from_config(config)
