@@ -24,19 +24,24 @@ PACKAGES = (
 
 
 def env() -> None:
-    """Print one `name: value` line per fact. Packages are only looked up, but torch is imported: it knows the GPUs."""
-    facts = {
+    """Print one `name: value` line per fact."""
+    known = facts()
+    width = max(map(len, known)) + 1
+    for name, value in known.items():
+        print(f"{name + ':':{width}} {value}")
+
+
+def facts() -> dict[str, str]:
+    """Versions and hardware by name. Packages are only looked up, but torch is imported: it knows the GPUs."""
+    known = {
         "t2r": _own_version(),
         "python": f"{platform.python_version()} ({sys.executable})",
         "platform": platform.platform(),
         "cpu": f"{os.cpu_count()} cores",
         "memory": _memory(),
     }
-    facts |= {package: _package_version(package) for package in PACKAGES}
-    facts |= {"cuda": _cuda(), "driver": _driver()}
-    width = max(map(len, facts)) + 1
-    for name, value in facts.items():
-        print(f"{name + ':':{width}} {value}")
+    known |= {package: _package_version(package) for package in PACKAGES}
+    return known | {"cuda": _cuda(), "driver": _driver()}
 
 
 def _own_version() -> str:

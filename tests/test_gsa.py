@@ -51,7 +51,7 @@ def results(args, state, spec, backend, **kwargs):
     leaves = {**args, **{f"initial.{name}": x for name, x in list(state._asdict().items())[:3]}}
     generator = torch.Generator().manual_seed(7)
     loss = sum(
-        (x * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype)).sum()
+        (x * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)).sum()
         for x in out.values()
         if x.is_floating_point()
     )
@@ -396,3 +396,16 @@ def test_arguments_that_do_not_fit_are_named(message):
 def test_impossible_specs_are_refused(kwargs):
     with pytest.raises(ValueError):
         GSASpec(**kwargs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+@pytest.mark.parametrize(("T", "M"), [(63, 16), (257, 64), (1000, 128)])
+def test_chunked_on_a_gpu(spec, T, M):
+    """The PyTorch form on a GPU in float32 against the float64 recurrence: outputs, states, every gradient."""
+    args, state = draw(spec, B=2, T=T, H=2, G=3, D=64, M=M)
+    expected = results(args, state, spec, "reference")
+    moved = {name: x.detach().float().cuda().requires_grad_() for name, x in args.items()}
+    state = SlotState(*(x.detach().float().cuda().requires_grad_() for x in state[:3]), state.position.cuda())
+    got = {name: x.cpu() for name, x in results(moved, state, spec, "torch").items()}
+    assert_same(got, expected, 2e-5)
