@@ -1,0 +1,157 @@
+"""Tasks scored by the likelihood of a continuation: the last word of a passage, and multiple choice.
+
+Tokenization, choice and normalisation are those of lm-eval's tasks of the same data.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+import torch
+
+from t2r.errors import UserError, nearest
+from t2r.evaluate.perplexity import losses
+from t2r.evaluate.statistics import perplexity, share
+from t2r.evaluate.task import Outcome, Task, locate, rows, take
+
+
+class Passage(NamedTuple):
+    """Token ids; those from `start` on are the continuation to score. start >= 1."""
+
+    ids: list[int]
+    start: int
+
+
+class Score(NamedTuple):
+    """loss: -log p of the continuation, nats, summed. greedy: each of its tokens is the model's first choice."""
+
+    loss: float
+    greedy: bool
+
+
+def encode_pair(tokenizer, context: str, continuation: str) -> Passage:
+    """Both as one text, split where the context's own tokens end. Spaces between them belong to the continuation."""
+    stripped = context.rstrip()
+    whole = tokenizer.encode(context + continuation)
+    start = len(tokenizer.encode(stripped)) if stripped else 0
+    if start == 0:
+        first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        whole, start = ([first, *whole] if whole[0] != first else whole), 1
+    return Passage(whole, start)
+
+
+@torch.inference_mode()
+def score(model, passages: list[Passage], batch_size: int) -> list[Score]:
+    """Score each passage, in the order given.
+
+    Batches are padded on the right: no token of a causal model sees what follows it, so a score depends neither on the
+    padding nor on the batch. Passages of like length share a batch, the longest first.
+    """
+    order = sorted(range(len(passages)), key=lambda i: -len(passages[i].ids))
+    scores: dict[int, Score] = {}
+    for begin in range(0, len(order), batch_size):
+        batch = order[begin : begin + batch_size]
+        width = len(passages[batch[0]].ids) - 1
+        first = min(passages[i].start for i in batch) - 1  # logits before it predict no continuation
+        ids = torch.zeros(len(batch), width, dtype=torch.long)
+        for row, i in enumerate(batch):
+            ids[row, : len(passages[i].ids) - 1] = torch.tensor(passages[i].ids[:-1])
+        logits = model(ids.to(model.device), use_cache=False, logits_to_keep=width - first).logits
+        for row, i in enumerate(batch):
+            tokens, start = passages[i]
+            target = torch.tensor(tokens[start:], device=logits.device)
+            own = logits[row, start - 1 - first : len(tokens) - 1 - first]
+            greedy = bool((own.argmax(-1) == target).all())
+            scores[i] = Score(losses(own, target).sum().item(), greedy)
+    return [scores[i] for i in range(len(passages))]
+
+
+@dataclass
+class LastWord(Task):
+    """The last word of a passage, as LAMBADA asks for it. Rows: {"context", "continuation"}."""
+
+    data: str = "shipped:lambada"
+    batch_size: int = 8
+
+    about: ClassVar[str] = (
+        "Accuracy: share of passages whose last word is the model's first choice, token by token. Perplexity: of that "
+        "word, over passages."
+    )
+
+    def prepare(self, tokenizer, folder: Path, on_cpu: bool) -> list[Passage]:
+        path = locate(self.data, folder)
+        passages = [
+            encode_pair(tokenizer, take(row, "context", path), " " + take(row, "continuation", path).strip())
+            for row in rows(path)
+        ]
+        return self.within_budget(passages, lambda passage: len(passage.ids), on_cpu)
+
+    def run(self, model, items: list[Passage]) -> Outcome:
+        scores = score(model, items, self.batch_size)
+        metrics = [share("accuracy", [s.greedy for s in scores]), perplexity("perplexity", [s.loss for s in scores])]
+        return Outcome(metrics, [s._asdict() for s in scores])
+
+
+class Question(NamedTuple):
+    """choices: one passage each; lengths: characters of each choice; gold: index of the right one."""
+
+    choices: list[Passage]
+    lengths: list[int]
+    gold: int
+
+
+def piqa(row: dict, path: Path) -> tuple[str, list[str], int]:
+    choices = [take(row, key, path) for key in ("sol1", "sol2")]
+    return f"Question: {take(row, 'goal', path)}\nAnswer:", choices, take(row, "label", path)
+
+
+def arc(row: dict, path: Path) -> tuple[str, list[str], int]:
+    choices = take(row, "choices", path)
+    gold = choices["label"].index(take(row, "answerKey", path))
+    return f"Question: {take(row, 'question', path)}\nAnswer:", choices["text"], gold
+
+
+def plain(row: dict, path: Path) -> tuple[str, list[str], int]:
+    return take(row, "query", path), take(row, "choices", path), take(row, "gold", path)
+
+
+# how a row of a data set becomes (query, choices, index of the right choice)
+FORMATS: dict[str, Callable[[dict, Path], tuple[str, list[str], int]]] = {"piqa": piqa, "arc": arc, "plain": plain}
+
+
+@dataclass
+class MultipleChoice(Task):
+    """The likeliest of several answers. format: the rows' fields, those of the Hugging Face data set of that name, or
+    plain: {"query", "choices", "gold"}."""  # fmt: skip
+
+    data: str = "shipped:piqa"
+    format: str = "piqa"
+    batch_size: int = 16
+
+    about: ClassVar[str] = (
+        "acc: the choice of the highest log-likelihood is the right one. acc_norm: the same with the log-likelihood "
+        "divided by the choice's length in characters."
+    )
+
+    def prepare(self, tokenizer, folder: Path, on_cpu: bool) -> list[Question]:
+        if self.format not in FORMATS:
+            close = nearest(self.format, FORMATS) or ", ".join(FORMATS)
+            raise UserError(f"unknown format {self.format!r}", where=f"task {self.name}", nearest=close)
+        path, questions = locate(self.data, folder), []
+        for row in rows(path):
+            query, choices, gold = FORMATS[self.format](row, path)
+            passages = [encode_pair(tokenizer, query, " " + choice) for choice in choices]
+            questions.append(Question(passages, [len(choice) for choice in choices], gold))
+        return self.within_budget(questions, lambda q: sum(len(choice.ids) for choice in q.choices), on_cpu)
+
+    def run(self, model, items: list[Question]) -> Outcome:
+        scores = iter(score(model, [choice for item in items for choice in item.choices], self.batch_size))
+        records = []
+        for item in items:
+            loss = [next(scores).loss for _ in item.choices]
+            pick = min(range(len(loss)), key=loss.__getitem__)
+            normed = min(range(len(loss)), key=lambda i: loss[i] / item.lengths[i])
+            hits = {"acc": pick == item.gold, "acc_norm": normed == item.gold}
+            records.append({"losses": loss, "gold": item.gold, **hits})
+        return Outcome([share(key, [r[key] for r in records]) for key in ("acc", "acc_norm")], records)

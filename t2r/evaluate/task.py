@@ -1,0 +1,109 @@
+"""What every kind of task has in common: options, items that are the same for all models, one outcome per model."""
+
+import gzip
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+from t2r.errors import UserError, nearest
+from t2r.evaluate.statistics import Metric
+
+SHIPPED = "shipped:"
+OWN_DATA = Path(__file__).parents[1] / "recipes" / "data"
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A line plot of the metrics that have an x: perplexity, share or bytes against tokens (log scale)."""
+
+    title: str
+    x: str
+    y: str
+    log_y: bool = False
+
+
+@dataclass
+class Outcome:
+    """What one model did. records: one JSON object per item; text: for tasks whose result is to be read."""
+
+    metrics: list[Metric] = field(default_factory=list)
+    records: list[dict] = field(default_factory=list)
+    text: str = ""
+
+
+@dataclass
+class Task:
+    """A kind of task; its fields are its options in a recipe.
+
+    name: in the report. items: at most so many of them. cpu_tokens: on a CPU only as many items as these tokens hold.
+    """
+
+    name: str = ""
+    items: int | None = None
+    cpu_tokens: int | None = None
+
+    about: ClassVar[str] = ""  # what the numbers mean, for the reader of a report
+    plot: ClassVar[Plot | None] = None
+    quality: ClassVar[bool] = True  # whether the weights' values matter, so that the window ablation has its own result
+
+    def prepare(self, tokenizer, folder: Path, on_cpu: bool) -> list:
+        """The items, the same for every model. folder: the recipe's. Raises UserError for data that is not there."""
+        raise NotImplementedError
+
+    def run(self, model, items: list) -> Outcome:
+        raise NotImplementedError
+
+    def within_budget(self, items: list, tokens: Callable[[object], int], on_cpu: bool) -> list:
+        """The first items that `items` and `cpu_tokens` allow, at least one. tokens: what an item costs."""
+        items = items[: self.items]
+        if self.cpu_tokens is None or not on_cpu:
+            return items
+        spent = 0
+        for i, item in enumerate(items):
+            spent += tokens(item)
+            if spent > self.cpu_tokens:
+                return items[: max(i, 1)]
+        return items
+
+
+def locate(data: str, folder: Path) -> Path:
+    """The file that a recipe names: `shipped:NAME` of t2r's own, else a path, relative to the recipe's folder."""
+    if data.startswith(SHIPPED):
+        name = data.removeprefix(SHIPPED)
+        path = OWN_DATA / f"{name}.jsonl.gz"
+        choices = [file.name.removesuffix(".jsonl.gz") for file in OWN_DATA.glob("*.jsonl.gz")]
+    else:
+        path = folder / Path(data).expanduser()
+        choices = [file.name for file in path.parent.glob("*")]
+        name = path.name
+    if not path.is_file():
+        close = nearest(name, choices) or (", ".join(sorted(choices)) if data.startswith(SHIPPED) else None)
+        raise UserError(f"no data file {data}", where=path.parent, nearest=close)
+    return path
+
+
+def rows(path: Path) -> Iterator[dict]:
+    """The objects of a .jsonl or .jsonl.gz file; a .txt file is one {"text"}. Raises UserError."""
+    if path.suffix == ".txt":
+        yield {"text": path.read_text(encoding="utf-8")}
+        return
+    number = 1
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
+            for line in lines:
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError("not a JSON object")
+                yield row
+                number += 1
+    except (OSError, EOFError, ValueError) as error:
+        raise UserError(f"line {number} cannot be read: {error}", where=path) from error
+
+
+def take(row: dict, key: str, path: Path):
+    """row[key]; UserError with the nearest field where there is none."""
+    if key not in row:
+        raise UserError(f"no field {key!r}", where=path, nearest=nearest(key, row) or ", ".join(row))
+    return row[key]
