@@ -1,0 +1,1 @@
+"""Training of converted models: what is learned (stages.py) and the loop that learns it (engine.py)."""

@@ -1,0 +1,206 @@
+"""`t2r finetune`: convert if need be, then train through the stages of a configuration, on every GPU of the machine."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+
+from t2r.config import RunConfig, StageConfig, check, find, load, load_run, save, with_device
+from t2r.errors import UserError
+
+CONFIG, START, MODEL = "config.yaml", "start", "model"
+
+
+def finetune(config: str, overrides: Sequence[str] = (), model: str | None = None, out: str | None = None) -> None:
+    """Train through the stages of `config` (a file or a shipped name) with `key=value` overrides.
+
+    model: a converted folder to begin with; None: convert the config's source first. out: the run's folder, default
+    runs/NAME. It gets config.yaml, env.json, a folder for each stage, and `model`, a link to the result. An unfinished
+    run goes on where it stopped.
+    Raises UserError for whatever the user can mend.
+    """
+    settings, folder = open_run(config, overrides, out)
+    if not settings.stages:
+        raise UserError("there are no stages to train", where=config, nearest="stages: [{kind: align, ...}]")
+    train_stages(settings, folder, model)
+    say(f"wrote {folder / MODEL}")
+
+
+def open_run(config: str, overrides: Sequence[str], out: str | None) -> tuple[RunConfig, Path]:
+    """The resolved config of a run and its folder, made if need be, with config.yaml and env.json.
+
+    Raises UserError before anything is written for a config that cannot run here, and for a folder that is another
+    run's.
+    """
+    settings = load_run(config, overrides, choose_variant(config, overrides))
+    settings = with_device(settings)
+    check_ready(settings)
+    folder = Path(out).expanduser() if out else Path("runs") / Path(config).stem
+    known = folder / CONFIG
+    if folder.exists() and not known.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty and holds no run", nearest=f"--out {folder}-2")
+    if known.exists():
+        if load(known, RunConfig) != settings:
+            raise UserError(f"{folder} holds a run of another configuration", where=known, nearest=f"--out {folder}-2")
+        return settings, folder
+    if is_first():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "env.json").write_text(environment(), encoding="utf-8")
+        save(settings, folder / f".{CONFIG}")
+        os.replace(folder / f".{CONFIG}", known)
+    wait_for(known, lambda: None)
+    return settings, folder
+
+
+def choose_variant(config: str, overrides: Sequence[str]) -> str | None:
+    """tiny where the environment asks for it, gpu where one is used."""
+    if os.environ.get("DEMO_TINY") == "1":
+        return "tiny"
+    return "gpu" if with_device(load(config, RunConfig, overrides)).device == "cuda" else None
+
+
+def check_ready(settings: RunConfig) -> None:
+    """Raise UserError for what is missing before the first minute is spent: data, packages, the source's files."""
+    from t2r.convert.source import open_source
+    from t2r.data.sources import resolve
+
+    check(settings)
+    open_source(settings.source)
+    if settings.stages:
+        from t2r.train.engine import deepspeed_module
+
+        for source in resolve([*settings.data.train, *settings.data.validation]):
+            if source.path is not None:
+                next(source.documents(settings.data.field), None)
+        deepspeed_module(settings.device)
+
+
+def train_stages(settings: RunConfig, folder: Path, model: str | None = None) -> None:
+    """The stages in order, each in folder/N-KIND; then folder/model links to the result of the last."""
+    import torch
+
+    start = Path(model) if model else folder / START
+    if not model:
+        wait_for(start, lambda: convert(settings, start))
+    check_converted(start, settings)
+    gpus = torch.cuda.device_count() if settings.device == "cuda" else 1
+    if gpus > 1 and "RANK" not in os.environ:
+        launch(gpus, folder, start)
+        return
+    result = run_stages(settings, folder, start)
+    link = folder / MODEL
+    if is_first() and not link.exists():
+        link.symlink_to(os.path.relpath(result, folder), target_is_directory=True)
+
+
+def run_stages(settings: RunConfig, folder: Path, start: Path) -> Path:
+    """All stages in this process, one of a group if a launcher says so. Returns the last result."""
+    from t2r.convert.source import open_source
+    from t2r.data.packing import Rows
+    from t2r.data.tokens import tokenise
+    from t2r.train.engine import compute_dtype, join_group, train
+    from t2r.train.stages import STAGES
+
+    rank, world, device = join_group(settings.device)
+    tokenizer, data = open_source(start).load_tokenizer(), settings.data
+    needed = max(stage.tokens + stage.context for stage in settings.stages)
+    train_tokens = tokenise(data.train, tokenizer, data.field, data.cache, needed)
+    held_out = max(stage.validation_tokens for stage in settings.stages)
+    validation_tokens = tokenise(data.validation, tokenizer, data.field, data.cache, held_out) if held_out else None
+    teacher = teacher_dtype = None
+    for i, stage in enumerate(settings.stages):
+        check_split(stage, world, i)
+        dtype = compute_dtype(stage, device.type)
+        if STAGES[stage.kind].needs_teacher and teacher_dtype != dtype:
+            teacher, teacher_dtype = load_teacher(settings.source, device, dtype), dtype
+        rows = Rows(train_tokens, stage.context, settings.seed + i)
+        validation = Rows(validation_tokens, stage.context, name="data.validation") if held_out else None
+        out = folder / f"{i + 1}-{stage.kind}"
+        start = train(settings, stage, start, teacher, rows, validation, out, rank, world, device)
+    return start
+
+
+def load_teacher(source: str, device, dtype):
+    """The source itself, frozen."""
+    from t2r.convert.source import open_source
+    from t2r.convert.verify import load_source
+
+    return load_source(open_source(source)).to(device, dtype).requires_grad_(False)
+
+
+def check_split(stage: StageConfig, world: int, i: int) -> None:
+    if stage.rows % (stage.micro_batch * world):
+        unit = stage.micro_batch * stage.context * world
+        raise UserError(
+            f"stages.{i}.batch_tokens is {stage.batch_tokens}, no multiple of micro_batch x context x {world} processes",
+            nearest=max(1, round(stage.batch_tokens / unit)) * unit,
+        )
+
+
+def check_converted(folder: Path, settings: RunConfig) -> None:
+    """Raise UserError unless the folder is a conversion whose teacher the config's source can be."""
+    from t2r.convert.source import open_source
+    from t2r.families import FAMILIES
+
+    config, teacher = open_source(folder).config, open_source(settings.source).config
+    if config.model_type not in {family.gsa_model_type for family in FAMILIES.values()}:
+        raise UserError(f"a {config.model_type} model is not converted yet", where=folder, next="t2r convert SRC OUT")
+    for name in ("num_hidden_layers", "hidden_size", "vocab_size"):
+        ours, theirs = getattr(config, name), getattr(teacher, name)
+        if ours != theirs:
+            raise UserError(f"{folder} does not come from {settings.source}: {name} is {ours}, not {theirs}")
+
+
+def convert(settings: RunConfig, out: Path) -> None:
+    from t2r.convert import convert
+
+    c = settings.convert
+    convert(settings.source, str(out), c.preset, c.slots, c.sinks, c.dtype)
+
+
+def launch(gpus: int, folder: Path, start: Path) -> None:
+    """The same run in one process for each GPU of this machine. Raises UserError when they fail."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"]
+    again = ["-m", "t2r", "finetune", "--config", folder / CONFIG, "--model", start, "--out", folder]
+    code = subprocess.run([*torchrun, *map(str, again)]).returncode
+    if code:
+        raise UserError(f"the training processes ended with code {code}", where=folder)
+
+
+def is_first() -> bool:
+    """Whether this process, of all that share a disk, is the one to write."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def wait_for(path: Path, make: Callable[[], None]) -> None:
+    """Let the first process make `path`, which appears complete or not at all; the others wait for it."""
+    while not path.exists():
+        if is_first():
+            make()
+        else:
+            time.sleep(0.5)
+
+
+def say(line: str) -> None:
+    if is_first():
+        print(line, flush=True)
+
+
+def environment() -> str:
+    """What `t2r env` prints, as JSON."""
+    import json
+
+    from t2r.env import env
+
+    text = StringIO()
+    with redirect_stdout(text):
+        env()
+    facts = (line.partition(":") for line in text.getvalue().splitlines())
+    return json.dumps({name: value.strip() for name, _, value in facts}, indent=1) + "\n"
+
+

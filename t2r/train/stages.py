@@ -1,0 +1,188 @@
+"""The three stages of a conversion: what each one runs, and its loss.
+
+A stage is `loss(student, teacher, batch) -> (loss, metrics)`: both models are causal LMs of one family, the loss is
+this forward's part of the mean over the optimizer step (Batch.share), metrics are detached scalars.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, log_softmax
+from torch.utils.checkpoint import checkpoint
+
+from t2r.config import StageConfig
+from t2r.data.packing import UNLABELLED, Batch
+from t2r.families import FAMILIES
+from t2r.modeling.attention import GSAttention
+
+GATES = ("f_proj", "write", "keep")
+Loss = tuple[Tensor, dict[str, Tensor]]
+
+
+def mixers(model) -> list[nn.Module]:
+    """The attention modules of a causal LM, first layer first."""
+    family = FAMILIES[model.config.model_type.removeprefix("gsa_")]
+    return [model.model.get_submodule(family.attention.format(i)) for i in range(model.config.num_hidden_layers)]
+
+
+class Stage:
+    """What the stages share: their options, and whether they run a teacher."""
+
+    needs_teacher = True
+
+    def __init__(self, config: StageConfig) -> None:
+        self.config = config
+
+    def loss(self, student, teacher, batch: Batch) -> Loss:
+        raise NotImplementedError
+
+
+class Align(Stage):
+    """Each student mixer reads what the teacher's attention of its layer reads and imitates what that answers."""
+
+    def loss(self, student, teacher, batch: Batch) -> Loss:
+        """Mean over layers and rows of |o - o_teacher|^2 / |o_teacher|^2, both as o_proj puts them out.
+
+        The ratio is taken for each row, so that a step's loss does not depend on how its rows are split up.
+        """
+        lessons = attention_lessons(teacher, batch)
+        context, _ = student.model.gsa_context(batch.input_ids, None, batch.position_ids, None, batch.cu_seqlens)
+        errors = []
+        for mixer, (inputs, rotary, target) in zip(mixers(student), lessons, strict=True):
+            run = lambda mixer, x, rotary: mixer(x, position_embeddings=rotary, gsa_context=context)[0]  # noqa: E731
+            if self.config.activation_checkpointing and torch.is_grad_enabled():
+                output = checkpoint(run, mixer, inputs, rotary, use_reentrant=False)
+            else:
+                output = run(mixer, inputs, rotary)
+            target = target.float()
+            error = (output.float() - target).square().sum((1, 2)) / target.square().sum((1, 2))
+            errors.append(error.mean())
+        loss = torch.stack(errors).mean()
+        return loss, {"align": loss.detach()}
+
+
+@torch.no_grad()
+def attention_lessons(teacher, batch: Batch) -> list[tuple[Tensor, tuple[Tensor, Tensor], Tensor]]:
+    """(input, rotary cos and sin, output) of each of the teacher's attention modules, from one forward."""
+    lessons: list = []
+
+    def note(module, args, kwargs, output) -> None:
+        lessons.append((kwargs["hidden_states"], kwargs["position_embeddings"], output[0]))
+
+    hooks = [module.register_forward_hook(note, with_kwargs=True) for module in mixers(teacher)]
+    try:
+        hidden_states(teacher, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return lessons
+
+
+class Distill(Stage):
+    """The student's logits imitate the teacher's: kl KL(teacher || student) + (1 - kl) cross-entropy."""
+
+    def loss(self, student, teacher, batch: Batch) -> Loss:
+        with torch.no_grad():
+            theirs = hidden_states(teacher, batch)
+        ours = hidden_states(student, batch)
+        c = self.config.loss
+        kl, ce = sums(student.lm_head, ours, batch.labels, c.chunk, teacher.lm_head, theirs, c.temperature)
+        kl, ce = kl / batch.labels.numel(), ce / batch.share
+        return c.kl * kl + (1 - c.kl) * ce, {"kl": kl.detach(), "ce": ce.detach()}
+
+
+class LM(Stage):
+    """The next token: cross-entropy on the text itself, no teacher."""
+
+    needs_teacher = False
+
+    def loss(self, student, teacher, batch: Batch) -> Loss:
+        _, ce = sums(student.lm_head, hidden_states(student, batch), batch.labels, self.config.loss.chunk)
+        ce = ce / batch.share
+        return ce, {"ce": ce.detach()}
+
+
+STAGES = {"align": Align, "distill": Distill, "lm": LM}
+
+
+def hidden_states(model, batch: Batch) -> Tensor:
+    """Output [B,T,W] of a causal LM before its head; documents do not see each other, in either kind of model."""
+    if isinstance(mixers(model)[0], GSAttention):
+        packing = {"cu_seq_lens_q": batch.cu_seqlens}
+    else:
+        packing = {"attention_mask": batch.attention_mask()}
+    output = model.model(batch.input_ids, position_ids=batch.position_ids, use_cache=False, **packing)
+    return output.last_hidden_state
+
+
+def sums(
+    head: nn.Module,
+    hidden: Tensor,
+    labels: Tensor,
+    chunk: int,
+    teacher_head: nn.Module | None = None,
+    teacher_hidden: Tensor | None = None,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """(KL summed over all tokens, cross-entropy summed over labelled ones); the KL is 0 without a teacher.
+
+    hidden, teacher_hidden [B,T,W], labels [B,T]. Logits exist for `chunk` tokens at a time, in the backward pass too,
+    where they are computed again. The KL is of softmax(logits / temperature), times temperature^2 as is usual.
+    """
+
+    def part(x: Tensor, y: Tensor, x_teacher: Tensor | None) -> tuple[Tensor, Tensor]:
+        logits = head(x).float()
+        ce = cross_entropy(logits, y, ignore_index=UNLABELLED, reduction="sum")
+        if x_teacher is None:
+            return ce.new_zeros(()), ce
+        with torch.no_grad():
+            target = log_softmax(teacher_head(x_teacher).float() / temperature, dim=-1)
+        ours = log_softmax(logits / temperature, dim=-1)
+        kl = (target.exp() * (target - ours)).sum() * temperature**2
+        return kl, ce
+
+    tokens = hidden.flatten(0, 1).split(chunk)
+    targets = labels.flatten().split(chunk)
+    theirs = [None] * len(tokens) if teacher_hidden is None else teacher_hidden.flatten(0, 1).split(chunk)
+    parts = [checkpoint(part, *args, use_reentrant=False) for args in zip(tokens, targets, theirs, strict=True)]
+    kl, ce = zip(*parts, strict=True)
+    return torch.stack(kl).sum(), torch.stack(ce).sum()
+
+
+def group_of(name: str) -> str:
+    """Which LearningRates field a parameter belongs to, by its name in the model."""
+    parts = name.split(".")
+    if any(part in GATES for part in parts):
+        return "gates"
+    return "mixer" if "self_attn" in parts else "body"
+
+
+def parameter_groups(student: nn.Module, config: StageConfig) -> list[dict]:
+    """Optimizer groups of the student's parameters, and requires_grad set: a learning rate of 0 freezes.
+
+    Weight decay is for matrices only, never for gates. Each group has its `name`, peak learning rate `peak` and `lr`.
+    """
+    groups = {}
+    for name, parameter in student.named_parameters():
+        kind = group_of(name)
+        peak = getattr(config.lr, kind)
+        parameter.requires_grad_(peak > 0)
+        if peak > 0:
+            decay = config.weight_decay if parameter.dim() >= 2 and kind != "gates" else 0.0
+            group = {"params": [], "name": kind, "peak": peak, "lr": peak, "weight_decay": decay}
+            groups.setdefault((kind, decay), group)["params"].append(parameter)
+    return list(groups.values())
+
+
+def learning_rate(config: StageConfig, step: int) -> float:
+    """Fraction of the peak in optimizer step `step`, counted from 0."""
+    warmup = config.warmup_tokens // config.batch_tokens
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if config.schedule == "constant":
+        return 1.0
+    done = (step - warmup) / max(1, config.steps - warmup)
+    shape = 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
+    return config.end_lr + (1 - config.end_lr) * shape
+
