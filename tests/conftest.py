@@ -9,6 +9,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one thread a worker, also in its subp
 import numpy
 import pytest
 import torch
+import torch.utils._device
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
