@@ -65,6 +65,29 @@ def _generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="for example cpu or cuda:0 (default: a GPU if there is one)")
 
 
+def _finetune(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="X", required=True, help="YAML file, or the name of a shipped one")
+    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="for example stages.0.tokens=100000")
+    parser.add_argument("--model", metavar="CONVERTED", help="folder to begin with (default: convert the source)")
+    parser.add_argument("--out", metavar="DIR", help="the run's folder (default: runs/NAME)")
+
+
+def _run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="YAML file, or the name of a shipped one")
+    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="for example stages.0.tokens=100000")
+    parser.add_argument("--out", metavar="DIR", help="the run's folder (default: runs/NAME)")
+
+
+def _cp(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", help="a name that `t2r ls` lists")
+    parser.add_argument("file", metavar="FILE", help="where to; it must not exist")
+
+
+def _validate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="YAML file, or the name of a shipped one")
+    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="for example stages.0.tokens=100000")
+
+
 VERBS = {
     "convert": Verb(
         "turn a pretrained Transformer into a Gated Slot Attention model",
@@ -89,6 +112,44 @@ VERBS = {
         't2r generate smollm2-gsa "Why is the sky blue?" --max-new-tokens 64',
         _generate,
         "t2r.generate:generate",
+    ),
+    "finetune": Verb(
+        "train a converted model through the stages of a configuration",
+        "Trains in the stages that the configuration lists: align (each mixer imitates the teacher's), distill (the "
+        "logits do), lm (the next token). Uses every GPU of the machine, or none. An unfinished run goes on where it "
+        "stopped. Every checkpoint is a Hugging Face folder.",
+        "t2r finetune --config quickstart stages.0.tokens=20000 --out runs/mine",
+        _finetune,
+        "t2r.train.finetune:finetune",
+    ),
+    "run": Verb(
+        "convert, train and compare in one go",
+        "Does all that a configuration says, in one folder: the conversion, the stages of training, and the comparison "
+        "of the original with what became of it.",
+        "t2r run quickstart --out runs/mine",
+        _run,
+        "t2r.run:run",
+    ),
+    "ls": Verb(
+        "list the configurations and recipes that ship with t2r",
+        "Prints the name of each configuration and recipe with one line about it.",
+        "t2r ls",
+        lambda parser: None,
+        "t2r.run:ls",
+    ),
+    "cp": Verb(
+        "copy a shipped configuration or recipe to edit it",
+        "Copies a configuration or recipe that ships with t2r to a file of yours.",
+        "t2r cp quickstart mine.yaml",
+        _cp,
+        "t2r.run:cp",
+    ),
+    "validate": Verb(
+        "check a configuration or recipe without running it",
+        "Reads a configuration, each variant of it, or a recipe, and says what is wrong. Needs no GPU.",
+        "t2r validate mine.yaml",
+        _validate,
+        "t2r.run:validate",
     ),
     "env": Verb(
         "print versions and hardware for a bug report",

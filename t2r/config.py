@@ -44,8 +44,9 @@ class LearningRates:
 
 @dataclass
 class LossConfig:
-    """kl: weight of KL(teacher || student) in `distill`, the rest is cross-entropy. temperature: of both sides of the KL.
-    chunk: tokens whose logits exist at once, the memory knob of `distill` and `lm`; it changes no result."""  # fmt: skip
+    """kl: weight of KL(teacher || student) in `distill`, the rest is cross-entropy. temperature: of both in the KL.
+    chunk: tokens whose logits exist at once, the memory knob of `distill` and `lm`; it changes no result.
+    """
 
     kl: float = 1.0
     temperature: float = 1.0
@@ -100,7 +101,8 @@ class StageConfig:
 class DataConfig:
     """train, validation: files (.jsonl, .jsonl.gz, .jsonl.zst, .txt, .parquet, patterns such as train-*.jsonl.zst),
     `shipped:NAME` for text that comes with t2r, or names of hub data sets. field: the key of a document's text.
-    cache: folder for the tokens, read in place of the text from then on."""  # fmt: skip
+    cache: folder for the tokens, read in place of the text from then on.
+    """
 
     train: list[str] = field(default_factory=list)
     validation: list[str] = field(default_factory=list)
@@ -110,7 +112,7 @@ class DataConfig:
 
 @dataclass
 class DeepSpeedConfig:
-    """zero: what DeepSpeed splits over the processes: 0 nothing, 1 optimizer state, 2 also gradients, 3 also weights."""
+    """zero: what is split over the processes: 0 nothing, 1 optimizer state, 2 also gradients, 3 also weights."""
 
     zero: Literal[0, 1, 2, 3] = 1
 
@@ -118,7 +120,8 @@ class DeepSpeedConfig:
 @dataclass
 class CompareConfig:
     """The comparison that ends a run. recipe: its name or file. limit: items of each task, None: the recipe's.
-    beside: other untrained conversions of the source to put beside the trained one."""
+    beside: other untrained conversions of the source to put beside the trained one.
+    """
 
     recipe: str = "quick"
     limit: int | None = None

@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -33,10 +34,9 @@ STATE = "deepspeed"  # folder of the engine's state inside a checkpoint
 BIASES = ("write", "keep")
 
 
-def deepspeed_module(device: str):
+def require_deepspeed(device: str):
     """DeepSpeed, told about the device before it looks for one itself. Raises UserError where it is not installed."""
     os.environ.setdefault("DS_ACCELERATOR", device)
-    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     try:
         import deepspeed
     except ImportError as error:
@@ -44,12 +44,14 @@ def deepspeed_module(device: str):
     if device == "cpu":
         # a shared memory all-reduce that would be compiled here and now; gloo has its own
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.logger.setLevel("ERROR")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     return deepspeed
 
 
 def join_group(device: str) -> tuple[int, int, torch.device]:
     """(rank, world, device) of this process, in the group that a launcher describes, or alone."""
-    deepspeed = deepspeed_module(device)
+    deepspeed = require_deepspeed(device)
     place = torch.device("cpu")
     if device == "cuda":
         place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -169,7 +171,7 @@ def train(
     if dtype == torch.bfloat16 and not zero:
         what = "deepspeed.zero=0 has no float32 weights to train beside bfloat16 ones"
         raise UserError(what, nearest="deepspeed.zero=1 or dtype: float32")
-    engine, *_ = deepspeed_module(device.type).initialize(
+    engine, *_ = require_deepspeed(device.type).initialize(
         model=Step(STAGES[stage.kind](stage), student, teacher),
         optimizer=make_optimizer(groups, stage, zero, device),
         config=engine_config(stage, zero, dtype, world),
@@ -330,9 +332,7 @@ class Log:
         known = path.read_text().splitlines() if path.exists() else []
         path.write_text("".join(f"{line}\n" for line in known if start and json.loads(line)["step"] <= start))
         self.file = open(path, "a", buffering=1)  # noqa: SIM115
-        self.bar = tqdm(
-            total=stage.steps, initial=start, desc=stage.kind, unit="step", disable=not sys.stderr.isatty()
-        )
+        self.bar = tqdm(total=stage.steps, initial=start, desc=stage.kind, unit="step", disable=not sys.stderr.isatty())
         self.every = max(1, stage.steps // 20)
         self.time = time.perf_counter()
 

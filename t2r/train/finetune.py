@@ -1,5 +1,6 @@
 """`t2r finetune`: convert if need be, then train through the stages of a configuration, on every GPU of the machine."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,8 +11,21 @@ from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
-from t2r.config import RunConfig, StageConfig, check, find, load, load_run, save, with_device
+import torch
+import transformers
+
+from t2r.config import ConvertConfig, RunConfig, StageConfig, load, load_run, save, with_device
+from t2r.convert import convert
+from t2r.convert.source import open_source
+from t2r.convert.verify import load_source
+from t2r.data.packing import Rows
+from t2r.data.sources import resolve
+from t2r.data.tokens import tokenise
+from t2r.env import env
 from t2r.errors import UserError
+from t2r.families import FAMILIES
+from t2r.train.engine import compute_dtype, join_group, require_deepspeed, train
+from t2r.train.stages import STAGES
 
 CONFIG, START, MODEL = "config.yaml", "start", "model"
 
@@ -24,37 +38,26 @@ def finetune(config: str, overrides: Sequence[str] = (), model: str | None = Non
     run goes on where it stopped.
     Raises UserError for whatever the user can mend.
     """
-    settings, folder = open_run(config, overrides, out)
+    settings = resolve_run(config, overrides)
     if not settings.stages:
         raise UserError("there are no stages to train", where=config, nearest="stages: [{kind: align, ...}]")
+    if model:
+        check_converted(Path(model), settings)
+    folder = open_folder(settings, out or f"runs/{Path(config).stem}", MODEL)
     train_stages(settings, folder, model)
     say(f"wrote {folder / MODEL}")
 
 
-def open_run(config: str, overrides: Sequence[str], out: str | None) -> tuple[RunConfig, Path]:
-    """The resolved config of a run and its folder, made if need be, with config.yaml and env.json.
-
-    Raises UserError before anything is written for a config that cannot run here, and for a folder that is another
-    run's.
-    """
-    settings = load_run(config, overrides, choose_variant(config, overrides))
-    settings = with_device(settings)
-    check_ready(settings)
-    folder = Path(out).expanduser() if out else Path("runs") / Path(config).stem
-    known = folder / CONFIG
-    if folder.exists() and not known.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty and holds no run", nearest=f"--out {folder}-2")
-    if known.exists():
-        if load(known, RunConfig) != settings:
-            raise UserError(f"{folder} holds a run of another configuration", where=known, nearest=f"--out {folder}-2")
-        return settings, folder
-    if is_first():
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "env.json").write_text(environment(), encoding="utf-8")
-        save(settings, folder / f".{CONFIG}")
-        os.replace(folder / f".{CONFIG}", known)
-    wait_for(known, lambda: None)
-    return settings, folder
+def resolve_run(config: str, overrides: Sequence[str]) -> RunConfig:
+    """The config as it will run here: variant and device chosen, data, source and packages found. Raises UserError."""
+    settings = with_device(load_run(config, overrides, choose_variant(config, overrides)))
+    open_source(settings.source)
+    if settings.stages:
+        for source in resolve([*settings.data.train, *settings.data.validation]):
+            if source.path is not None:
+                next(source.documents(settings.data.field), None)
+        require_deepspeed(settings.device)
+    return replace(settings, variants={})
 
 
 def choose_variant(config: str, overrides: Sequence[str]) -> str | None:
@@ -64,30 +67,41 @@ def choose_variant(config: str, overrides: Sequence[str]) -> str | None:
     return "gpu" if with_device(load(config, RunConfig, overrides)).device == "cuda" else None
 
 
-def check_ready(settings: RunConfig) -> None:
-    """Raise UserError for what is missing before the first minute is spent: data, packages, the source's files."""
-    from t2r.convert.source import open_source
-    from t2r.data.sources import resolve
+def open_folder(settings: RunConfig, out: str, result: str) -> Path:
+    """The folder of a run, with config.yaml and env.json, new or unfinished: without `result`.
 
-    check(settings)
-    open_source(settings.source)
-    if settings.stages:
-        from t2r.train.engine import deepspeed_module
-
-        for source in resolve([*settings.data.train, *settings.data.validation]):
-            if source.path is not None:
-                next(source.documents(settings.data.field), None)
-        deepspeed_module(settings.device)
+    Raises UserError for one that is finished, of another configuration, or not a run's.
+    """
+    folder = Path(out).expanduser()
+    number = 2
+    while os.path.lexists(free := folder.with_name(f"{folder.name}-{number}")):
+        number += 1
+    known, other = folder / CONFIG, f"--out {free}"
+    if known.exists():
+        if load(known, RunConfig) != settings:
+            raise UserError(f"{folder} holds a run of another configuration", where=known, nearest=other)
+        if os.path.lexists(folder / result):
+            raise UserError(f"the run in {folder} is finished", nearest=other)
+        return folder
+    if is_first():
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"{folder} exists and holds no run", nearest=other)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "env.json").write_text(environment(), encoding="utf-8")
+            save(settings, folder / f".{CONFIG}")
+            os.replace(folder / f".{CONFIG}", known)
+        except OSError as error:
+            raise UserError(f"cannot write there: {error.strerror}", where=folder) from error
+    wait_for(known, lambda: None)
+    return folder
 
 
 def train_stages(settings: RunConfig, folder: Path, model: str | None = None) -> None:
     """The stages in order, each in folder/N-KIND; then folder/model links to the result of the last."""
-    import torch
-
     start = Path(model) if model else folder / START
     if not model:
-        wait_for(start, lambda: convert(settings, start))
-    check_converted(start, settings)
+        wait_for(start, lambda: make_start(settings.source, settings.convert, start))
     gpus = torch.cuda.device_count() if settings.device == "cuda" else 1
     if gpus > 1 and "RANK" not in os.environ:
         launch(gpus, folder, start)
@@ -100,12 +114,7 @@ def train_stages(settings: RunConfig, folder: Path, model: str | None = None) ->
 
 def run_stages(settings: RunConfig, folder: Path, start: Path) -> Path:
     """All stages in this process, one of a group if a launcher says so. Returns the last result."""
-    from t2r.convert.source import open_source
-    from t2r.data.packing import Rows
-    from t2r.data.tokens import tokenise
-    from t2r.train.engine import compute_dtype, join_group, train
-    from t2r.train.stages import STAGES
-
+    transformers.utils.logging.disable_progress_bar()
     rank, world, device = join_group(settings.device)
     tokenizer, data = open_source(start).load_tokenizer(), settings.data
     needed = max(stage.tokens + stage.context for stage in settings.stages)
@@ -127,9 +136,6 @@ def run_stages(settings: RunConfig, folder: Path, start: Path) -> Path:
 
 def load_teacher(source: str, device, dtype):
     """The source itself, frozen."""
-    from t2r.convert.source import open_source
-    from t2r.convert.verify import load_source
-
     return load_source(open_source(source)).to(device, dtype).requires_grad_(False)
 
 
@@ -137,16 +143,13 @@ def check_split(stage: StageConfig, world: int, i: int) -> None:
     if stage.rows % (stage.micro_batch * world):
         unit = stage.micro_batch * stage.context * world
         raise UserError(
-            f"stages.{i}.batch_tokens is {stage.batch_tokens}, no multiple of micro_batch x context x {world} processes",
+            f"stages.{i}.batch_tokens is {stage.batch_tokens}, no multiple of micro_batch x context x {world} GPUs",
             nearest=max(1, round(stage.batch_tokens / unit)) * unit,
         )
 
 
 def check_converted(folder: Path, settings: RunConfig) -> None:
     """Raise UserError unless the folder is a conversion whose teacher the config's source can be."""
-    from t2r.convert.source import open_source
-    from t2r.families import FAMILIES
-
     config, teacher = open_source(folder).config, open_source(settings.source).config
     if config.model_type not in {family.gsa_model_type for family in FAMILIES.values()}:
         raise UserError(f"a {config.model_type} model is not converted yet", where=folder, next="t2r convert SRC OUT")
@@ -156,11 +159,9 @@ def check_converted(folder: Path, settings: RunConfig) -> None:
             raise UserError(f"{folder} does not come from {settings.source}: {name} is {ours}, not {theirs}")
 
 
-def convert(settings: RunConfig, out: Path) -> None:
-    from t2r.convert import convert
-
-    c = settings.convert
-    convert(settings.source, str(out), c.preset, c.slots, c.sinks, c.dtype)
+def make_start(source: str, c: ConvertConfig, out: Path) -> None:
+    """`t2r convert`, as the config says."""
+    convert(source, str(out), c.preset, c.slots, c.sinks, c.dtype)
 
 
 def launch(gpus: int, folder: Path, start: Path) -> None:
@@ -193,14 +194,8 @@ def say(line: str) -> None:
 
 def environment() -> str:
     """What `t2r env` prints, as JSON."""
-    import json
-
-    from t2r.env import env
-
     text = StringIO()
     with redirect_stdout(text):
         env()
     facts = (line.partition(":") for line in text.getvalue().splitlines())
     return json.dumps({name: value.strip() for name, _, value in facts}, indent=1) + "\n"
-
-

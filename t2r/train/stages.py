@@ -185,4 +185,3 @@ def learning_rate(config: StageConfig, step: int) -> float:
     done = (step - warmup) / max(1, config.steps - warmup)
     shape = 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
     return config.end_lr + (1 - config.end_lr) * shape
-

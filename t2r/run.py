@@ -1,0 +1,101 @@
+"""`t2r run`: a configuration from its source model to the report; and `ls`, `cp`, `validate` for configurations."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from t2r.config import FOLDERS, CompareConfig, RunConfig, find, load_run, read, shipped
+from t2r.errors import UserError
+
+REPORT = "compare"
+
+
+def run(config: str, overrides: Sequence[str] = (), out: str | None = None) -> None:
+    """Convert, train through the stages, compare: all that `config` (a file or a shipped name) says, in one folder.
+
+    overrides: `key=value` words. out: the folder, default runs/NAME: config.yaml, env.json, `start` (the conversion),
+    a folder for each stage, `model` (a link to the result) and `compare` with report.md. An unfinished run goes on
+    where it stopped, a finished one is never written over.
+    Raises UserError for whatever the user can mend.
+    """
+    from t2r.train.finetune import START, make_start, open_folder, resolve_run, train_stages, wait_for
+
+    settings = resolve_run(config, overrides)
+    if settings.compare:
+        check_compare(settings.compare)
+    result = REPORT if settings.compare else "model" if settings.stages else START
+    folder = open_folder(settings, out or f"runs/{Path(config).stem}", result)
+    if settings.stages:
+        train_stages(settings, folder)
+    else:
+        wait_for(folder / START, lambda: make_start(settings.source, settings.convert, folder / START))
+    if settings.compare:
+        compare_all(settings, folder)
+
+
+def check_compare(settings: CompareConfig) -> None:
+    """Raise UserError for a comparison that could not run after the training."""
+    from t2r.evaluate.plots import require_matplotlib
+    from t2r.evaluate.recipe import load_recipe
+
+    require_matplotlib()
+    load_recipe(settings.recipe, settings.limit)
+
+
+def compare_all(settings: RunConfig, folder: Path) -> None:
+    """The teacher, the untrained conversions and the trained one, side by side."""
+    from t2r.evaluate import compare
+    from t2r.train.finetune import MODEL, START, make_start
+
+    models = [f"teacher={settings.source}"]
+    for other in settings.compare.beside:
+        label = "-".join([other.preset, *([str(other.slots)] if other.slots else []), "start"])
+        if not (folder / label).exists():
+            make_start(settings.source, other, folder / label)
+        models.append(f"{label}={folder / label}")
+    models.append(f"{settings.convert.preset}-start={folder / START}")
+    if settings.stages:
+        models.append(f"trained={folder / MODEL}")
+    compare(models, settings.compare.recipe, str(folder / REPORT), settings.compare.limit, device=settings.device)
+
+
+def ls() -> None:
+    """Print what ships with t2r, one line each."""
+    for kind in FOLDERS:
+        print(f"{kind}:")
+        entries = shipped(kind)
+        width = max(map(len, entries), default=0)
+        for name, line in entries.items():
+            print(f"  {name:{width}}  {line}")
+
+
+def cp(name: str, file: str) -> None:
+    """Copy a shipped configuration or recipe to edit it. Raises UserError if `file` exists."""
+    source, target = find(name), Path(file).expanduser()
+    target = target / source.name if target.is_dir() else target
+    if target.exists():
+        raise UserError(f"{target} already exists", nearest=target.with_stem(f"{target.stem}-2"))
+    try:
+        shutil.copyfile(source, target)
+    except OSError as error:
+        raise UserError(f"cannot write: {error.strerror}", where=target) from error
+    print(f"wrote {target}")
+
+
+def validate(file: str, overrides: Sequence[str] = ()) -> None:
+    """Check a configuration with each of its variants, or a recipe, without running it. Raises UserError."""
+    path = find(file)
+    if "tasks" in read(path):
+        from t2r.evaluate.recipe import load_recipe
+
+        load_recipe(path)
+    else:
+        from t2r.data.sources import resolve
+
+        config = load_run(path, overrides)
+        for variant in config.variants:
+            load_run(path, overrides, variant)
+        resolve([*config.data.train, *config.data.validation])
+        if config.compare:
+            check_compare(config.compare)
+    print(f"{path} is valid")
