@@ -72,6 +72,11 @@ def test_the_arguments_of_a_verb_fit_its_target(name):
         "convert": ["src", "out"],
         "verify": ["out", "--source", "src"],
         "generate": ["model", "prompt"],
+        "finetune": ["--config", "x", "a=1", "--out", "out"],
+        "run": ["x", "a=1"],
+        "ls": [],
+        "cp": ["x", "file"],
+        "validate": ["x"],
         "env": [],
     }
     verb, arguments = cli.parse([name, *words[name]])
