@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from t2r.config import FOLDERS, CompareConfig, RunConfig, find, load_run, read, shipped
+from t2r.config import FOLDERS, RunConfig, find, load_run, read, shipped
 from t2r.errors import UserError
 
 REPORT = "compare"
@@ -18,11 +18,15 @@ def run(config: str, overrides: Sequence[str] = (), out: str | None = None) -> N
     where it stopped, a finished one is never written over.
     Raises UserError for whatever the user can mend.
     """
+    from t2r.evaluate.plots import require_matplotlib
+    from t2r.evaluate.recipe import load_recipe
     from t2r.train.finetune import START, make_start, open_folder, resolve_run, train_stages, wait_for
 
     settings = resolve_run(config, overrides)
     if settings.compare:
-        check_compare(settings.compare)
+        # what could not run after the training must not let it begin
+        require_matplotlib()
+        load_recipe(settings.compare.recipe, settings.compare.limit)
     result = REPORT if settings.compare else "model" if settings.stages else START
     folder = open_folder(settings, out or f"runs/{Path(config).stem}", result)
     if settings.stages:
@@ -31,15 +35,6 @@ def run(config: str, overrides: Sequence[str] = (), out: str | None = None) -> N
         wait_for(folder / START, lambda: make_start(settings.source, settings.convert, folder / START))
     if settings.compare:
         compare_all(settings, folder)
-
-
-def check_compare(settings: CompareConfig) -> None:
-    """Raise UserError for a comparison that could not run after the training."""
-    from t2r.evaluate.plots import require_matplotlib
-    from t2r.evaluate.recipe import load_recipe
-
-    require_matplotlib()
-    load_recipe(settings.recipe, settings.limit)
 
 
 def compare_all(settings: RunConfig, folder: Path) -> None:
@@ -83,19 +78,24 @@ def cp(name: str, file: str) -> None:
 
 
 def validate(file: str, overrides: Sequence[str] = ()) -> None:
-    """Check a configuration with each of its variants, or a recipe, without running it. Raises UserError."""
-    path = find(file)
-    if "tasks" in read(path):
-        from t2r.evaluate.recipe import load_recipe
+    """Check a configuration with each of its variants, or a recipe, without running it. Raises UserError.
 
+    Data that is not here is only noted: a run may be checked where it will not happen.
+    """
+    from t2r.data.sources import resolve
+    from t2r.evaluate.recipe import load_recipe
+
+    path, note = find(file), ""
+    if "tasks" in read(path):
         load_recipe(path)
     else:
-        from t2r.data.sources import resolve
-
         config = load_run(path, overrides)
         for variant in config.variants:
             load_run(path, overrides, variant)
-        resolve([*config.data.train, *config.data.validation])
         if config.compare:
-            check_compare(config.compare)
-    print(f"{path} is valid")
+            load_recipe(config.compare.recipe)
+        try:
+            resolve([*config.data.train, *config.data.validation])
+        except UserError as error:
+            note = f", but here is {error}"
+    print(f"{path} is valid{note}")
