@@ -65,6 +65,17 @@ def _generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="for example cpu or cuda:0 (default: a GPU if there is one)")
 
 
+def _compare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "models", nargs="+", metavar="MODEL", help="the original, then converted ones: folder, GGUF file, LABEL=PATH"
+    )
+    parser.add_argument("--recipe", default="quick", metavar="R", help="name or YAML file (default: quick)")
+    parser.add_argument("--out", metavar="DIR", help="folder to make (default: runs/compare-CONVERTED)")
+    parser.add_argument("--limit", type=int, metavar="N", help="at most N items of each task")
+    parser.add_argument("--device", help="for example cpu or cuda:0 (default: a GPU if there is one)")
+    parser.add_argument("--dtype", help="dtype of all models (default: the converted model's)", **one_of(*DTYPES))
+
+
 def _finetune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="X", required=True, help="YAML file, or the name of a shipped one")
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="for example stages.0.tokens=100000")
@@ -112,6 +123,14 @@ VERBS = {
         't2r generate smollm2-gsa "Why is the sky blue?" --max-new-tokens 64',
         _generate,
         "t2r.generate:generate",
+    ),
+    "compare": Verb(
+        "measure what a conversion changed",
+        "Evaluates the original and the converted models on the same items: perplexity by position, short tasks, "
+        "recall at growing distance, memory, speed. Writes a report with plots and prints its numbers.",
+        "t2r compare original=HuggingFaceTB/SmolLM2-135M-Instruct smollm2-gsa --recipe quick",
+        _compare,
+        "t2r.evaluate:compare",
     ),
     "finetune": Verb(
         "train a converted model through the stages of a configuration",

@@ -67,6 +67,7 @@ class Perplexity(Task):
         "it. Every block is read from a fresh state; the error is over blocks. A model that forgets stops improving "
         "where its memory ends."
     )
+    noun: ClassVar[str] = "blocks"
     plot: ClassVar[Plot] = Plot("Perplexity by position", "position in the text (tokens)", "perplexity")
 
     def prepare(self, tokenizer, folder: Path, on_cpu: bool) -> list[list[int]]:

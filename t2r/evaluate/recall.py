@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import random
 from dataclasses import dataclass
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -21,7 +22,7 @@ NAMES = (
     "Harold Betty Jacob Susan Kevin Rachel Luke Monica Norman Paula Roger Sandra Stanley Teresa Vincent Wendy Xavier "
     "Yvonne Albert Brenda Charles Doris Edward Fiona Gerald Hannah Isaac Joyce Keith Lydia Miles Naomi Owen Penny Quinn"
 ).split()
-FACT = " The code of {} is"
+FACT = "\nThe code of {} is"
 
 
 class Fact(NamedTuple):
@@ -33,32 +34,24 @@ class Fact(NamedTuple):
     answer: list[int]
 
 
-class Ask(NamedTuple):
-    """One question: `fact` stands in the stream so that `distance` tokens lie between it and the question."""
-
-    distance: int
-    fact: Fact
-
-
-class Moment(NamedTuple):
-    """A stop in the stream: the tokens since the last one, and what is asked after them."""
+class Stop(NamedTuple):
+    """A place in the stream: the tokens since the last stop, and what is asked there, as (distance, fact)."""
 
     read: list[int]
-    asks: list[Ask]
+    asks: list[tuple[int, Fact]]
 
 
 @dataclass
 class Recall(Task):
-    """A stream of text with a fact ("The code of Maria is 4821.") at the end of every `every` tokens. At each stop the
-    model is asked, aside, for the facts that lie `distances` tokens back; then it reads on. So each question sees
-    max(distances) / every facts or more, and an item is a stop with one question of each distance.
+    """A stream of real text in which every stretch of `every` tokens ends with a fact ("The code of Maria is 4821.").
+    At each of `distances` tokens after a fact the model is asked for it, aside: then it reads on as if it had not been.
 
-    items: the number of stops. data, field: text between the facts. seed: of names and codes.
+    items: the number of facts that are asked for, each at all distances. data, field: the text. seed: of the facts.
     """
 
     items: int | None = 32
     distances: list[int] = dataclasses.field(default_factory=lambda: [32, 64, 128, 256, 512, 1024])
-    every: int = 32
+    every: int = 64
     data: str = "shipped:text"
     field: str = "text"
     seed: int = 0
@@ -67,40 +60,46 @@ class Recall(Task):
         'Share of four-digit codes that come back exactly, by the number of tokens between a fact ("The code of Maria '
         'is 4821.") and the question for it ("The code of Maria is"), in real text with many such facts.'
     )
+    noun: ClassVar[str] = "facts"
     plot: ClassVar[Plot] = Plot("Recall by distance", "distance to the question (tokens)", "recalled exactly")
 
-    def prepare(self, tokenizer, folder: Path, on_cpu: bool) -> list[Moment]:
+    def prepare(self, tokenizer, folder: Path, on_cpu: bool) -> list[Stop]:
         where = f"task {self.name}"
-        for distance in self.distances:
-            if distance <= 0 or distance % self.every:
-                close = max(1, round(distance / self.every)) * self.every
-                what = f"distance {distance} is no multiple of every = {self.every}"
-                raise UserError(what, where=where, nearest=close)
-        warm_up, stops = max(self.distances) // self.every, self.items or 0
-        if stops < 1 or warm_up + stops > len(NAMES):
-            what = f"{warm_up + stops} facts for {stops} stops, but there are {len(NAMES)} names"
-            raise UserError(what, where=where, nearest=f"items: {len(NAMES) - warm_up}")
-        moments = self.stream(tokenizer, folder, warm_up, stops)
-        return self.within_budget(moments, cost, on_cpu)
+        if not self.distances or min(self.distances) < 1 or self.every < 1:
+            raise UserError("recall needs distances and `every` of 1 token or more", where=where)
+        after = max(self.distances) // self.every  # facts that follow the last one that is asked for
+        most = len(NAMES) - after
+        if not 1 <= (self.items or 1) <= most:
+            what = f"{self.items} facts and {after} after the last, but there are {len(NAMES)} names"
+            raise UserError(what, where=where, nearest=f"items: {max(1, most)}")
+        facts = self.facts(tokenizer, len(NAMES))
 
-    def stream(self, tokenizer, folder: Path, warm_up: int, stops: int) -> list[Moment]:
-        facts, end = self.facts(tokenizer, warm_up + stops), tokenizer.encode(".", add_special_tokens=False)
-        filler, stretches = self.filler(tokenizer, folder), []
-        for number, fact in enumerate(facts):
-            prefix = tokenizer.encode("") if number == 0 else []  # what this tokenizer begins every text with
+        def cost(fact: Fact) -> int:
+            rest = max(self.distances) if fact is facts[0] else 0
+            return rest + self.every + len(self.distances) * (len(fact.question) + len(fact.answer))
+
+        asked = len(self.within_budget(facts[:most], cost, on_cpu))
+        stream = self.stream(tokenizer, folder, facts[: asked + after])
+        asks: dict[int, list[tuple[int, Fact]]] = {}
+        for number, fact in enumerate(facts[:asked], start=1):
+            for distance in self.distances:
+                asks.setdefault(number * self.every + distance, []).append((distance, fact))
+        times = sorted(asks)
+        return [Stop(stream[a:b], asks[b]) for a, b in pairwise([0, *times])]
+
+    def stream(self, tokenizer, folder: Path, facts: list[Fact]) -> list[int]:
+        """All tokens of the text: its stretches, and what is read after the last fact."""
+        end = tokenizer.encode(".\n", add_special_tokens=False)
+        filler, tokens = self.filler(tokenizer, folder), tokenizer.encode("")  # what this tokenizer begins a text with
+        for number, fact in enumerate(facts, start=1):
             stated = [*fact.question, *fact.answer, *end]
-            room = self.every - len(prefix) - len(stated)
+            room = number * self.every - len(tokens) - len(stated)
             if room < 0:
                 where = f"task {self.name}"
                 raise UserError(f"a fact takes {len(stated)} tokens, more than every = {self.every}", where=where)
-            stretches.append([*prefix, *(next(filler) for _ in range(room)), *stated])
-        moments = []
-        for stop in range(stops):
-            last = warm_up + stop  # stretches 0..last have been read
-            asks = [Ask(distance, facts[last - distance // self.every]) for distance in self.distances]
-            read = stretches[last] if stop else sum(stretches[: last + 1], [])
-            moments.append(Moment(read, asks))
-        return moments
+            tokens += [*islice(filler, room), *stated]
+        tokens += islice(filler, max(self.distances) % self.every)
+        return tokens
 
     def facts(self, tokenizer, count: int) -> list[Fact]:
         rng = random.Random(self.seed)
@@ -121,39 +120,34 @@ class Recall(Task):
         raise UserError("not enough text between the facts", where=path, nearest="fewer items")
 
     @torch.inference_mode()
-    def run(self, model, items: list[Moment]) -> Outcome:
+    def run(self, model, items: list[Stop]) -> Outcome:
         from transformers import DynamicCache
 
         cache, records = DynamicCache(config=model.config), []
-        for moment in items:
-            read = torch.tensor([moment.read], device=model.device)
-            model(read, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            for ask, (loss, hit) in zip(moment.asks, self.answers(model, cache, moment.asks), strict=True):
-                records.append(
-                    {"distance": ask.distance, "name": ask.fact.name, "value": ask.fact.value, "loss": loss, "hit": hit}
-                )
+        for read, asks in items:
+            ids = torch.tensor([read], device=model.device)
+            model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            for (distance, fact), (loss, hit) in zip(asks, answers(model, cache, asks), strict=True):
+                records.append({"distance": distance, "name": fact.name, "value": fact.value, "loss": loss, "hit": hit})
         metrics = []
         for distance in self.distances:
             hits = [record["hit"] for record in records if record["distance"] == distance]
             metrics.append(share(f"at {distance} tokens", hits, x=distance))
         return Outcome(metrics, records)
 
-    def answers(self, model, cache, asks: list[Ask]) -> list[tuple[float, bool]]:
-        """(loss of the answer, whether greedy decoding gives it) of each question, from a copy of the cache."""
-        fork = copy.deepcopy(cache)
-        fork.batch_repeat_interleave(len(asks))
-        texts = [[*ask.fact.question, *ask.fact.answer] for ask in asks]
-        ids = torch.zeros(len(asks), max(map(len, texts)) - 1, dtype=torch.long)
-        for row, text in enumerate(texts):
-            ids[row, : len(text) - 1] = torch.tensor(text[:-1])
-        logits = model(ids.to(model.device), past_key_values=fork, use_cache=True).logits
-        results = []
-        for row, (ask, text) in enumerate(zip(asks, texts, strict=True)):
-            own = logits[row, len(ask.fact.question) - 1 : len(text) - 1]
-            target = torch.tensor(ask.fact.answer, device=own.device)
-            results.append((losses(own, target).sum().item(), bool((own.argmax(-1) == target).all())))
-        return results
 
-
-def cost(moment: Moment) -> int:
-    return len(moment.read) + sum(len(ask.fact.question) + len(ask.fact.answer) for ask in moment.asks)
+def answers(model, cache, asks: list[tuple[int, Fact]]) -> list[tuple[float, bool]]:
+    """(loss of the answer in nats, whether greedy decoding gives it) of each question, from a copy of the cache."""
+    fork = copy.deepcopy(cache)
+    fork.batch_repeat_interleave(len(asks))
+    texts = [[*fact.question, *fact.answer] for _, fact in asks]
+    ids = torch.zeros(len(asks), max(map(len, texts)) - 1, dtype=torch.long)
+    for row, text in enumerate(texts):
+        ids[row, : len(text) - 1] = torch.tensor(text[:-1])
+    logits = model(ids.to(model.device), past_key_values=fork, use_cache=True).logits
+    results = []
+    for row, (_, fact) in enumerate(asks):
+        first = len(fact.question) - 1
+        own, target = logits[row, first : first + len(fact.answer)], torch.tensor(fact.answer, device=logits.device)
+        results.append((losses(own, target).sum().item(), bool((own.argmax(-1) == target).all())))
+    return results

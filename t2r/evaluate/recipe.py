@@ -40,6 +40,10 @@ class Recipe:
     tasks: list[Task] = field(default_factory=list)
     ablation: str = "auto"
 
+    def prepare(self, tokenizer, device) -> dict[str, list]:
+        """Each task's items, the same for every model. Raises UserError for missing or unfit data."""
+        return {task.name: task.prepare(tokenizer, self.folder, device.type == "cpu") for task in self.tasks}
+
     def to_dict(self) -> dict:
         """Every option spelled out."""
         kinds = {task_class: kind for kind, task_class in KINDS.items()}

@@ -4,6 +4,7 @@ import gzip
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import ClassVar
 
@@ -46,7 +47,11 @@ class Task:
 
     about: ClassVar[str] = ""  # what the numbers mean, for the reader of a report
     plot: ClassVar[Plot | None] = None
+    noun: ClassVar[str] = "items"
     quality: ClassVar[bool] = True  # whether the weights' values matter, so that the window ablation has its own result
+
+    def __post_init__(self) -> None:
+        self.coverage = ""  # how much of the data the items are, once they are prepared
 
     def prepare(self, tokenizer, folder: Path, on_cpu: bool) -> list:
         """The items, the same for every model. folder: the recipe's. Raises UserError for data that is not there."""
@@ -57,15 +62,12 @@ class Task:
 
     def within_budget(self, items: list, tokens: Callable[[object], int], on_cpu: bool) -> list:
         """The first items that `items` and `cpu_tokens` allow, at least one. tokens: what an item costs."""
-        items = items[: self.items]
-        if self.cpu_tokens is None or not on_cpu:
-            return items
-        spent = 0
-        for i, item in enumerate(items):
-            spent += tokens(item)
-            if spent > self.cpu_tokens:
-                return items[: max(i, 1)]
-        return items
+        used = len(items) if self.items is None else min(self.items, len(items))
+        if self.cpu_tokens is not None and on_cpu:
+            spent = accumulate(map(tokens, items[:used]))
+            used = max(1, sum(total <= self.cpu_tokens for total in spent))
+        self.coverage = f"{used} of {len(items)} {self.noun}"
+        return items[:used]
 
 
 def locate(data: str, folder: Path) -> Path:
