@@ -1,0 +1,107 @@
+"""The models of a comparison: opened and checked together, loaded one at a time, all in one dtype."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from t2r.convert.source import PACKAGE, Source, open_source
+from t2r.convert.verify import TEXT, load_source
+from t2r.errors import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class Entry:
+    """One column. label: its name in the report; spec: what the user wrote."""
+
+    label: str
+    spec: str
+    source: Source
+
+    @property
+    def is_converted(self) -> bool:
+        return getattr(self.source.config, "gsa", None) is not None
+
+    def stored_dtype(self) -> torch.dtype:
+        """The dtype of the weights on disk; float32 where they are dequantised."""
+        return self.source.dtype(self.source.names()[0])
+
+
+def open_models(words: list[str]) -> list[Entry]:
+    """`PATH` or `LABEL=PATH` -> entries. Raises UserError for what cannot be read and for a label used twice."""
+    entries: list[Entry] = []
+    for word in words:
+        label, equals, spec = word.partition("=")
+        if not equals or Path(word).exists():
+            label, spec = default_label(word), word
+        if not label or not spec:
+            raise UserError(f"{word!r} is not LABEL=MODEL")
+        if label in [entry.label for entry in entries]:
+            raise UserError(f"two models are called {label!r}", nearest=f"{label}-2={spec}")
+        entries.append(Entry(label, spec, open_source(spec)))
+    return entries
+
+
+def default_label(spec: str) -> str:
+    path = Path(spec.removeprefix(PACKAGE).rstrip("/"))
+    return path.name.removesuffix(".gguf") or path.absolute().name
+
+
+def common_tokenizer(entries: list[Entry]):
+    """The tokenizer of the first model. Raises UserError unless every other one gives the same ids."""
+    first = entries[0].source.load_tokenizer()
+    for entry in entries[1:]:
+        other = entry.source.load_tokenizer()
+        if other.get_vocab() != first.get_vocab() or other.encode(TEXT) != first.encode(TEXT):
+            what = f"the tokenizers of {entries[0].label} and {entry.label} differ: their losses cannot be compared"
+            raise UserError(what, where=entry.spec, nearest="a model converted from the other one")
+    return first
+
+
+def pick_device(device: str | None) -> torch.device:
+    """The named device, by default a GPU if there is one. Raises UserError for one that is not there."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"no device {device!r}", where="--device", nearest="cpu", next="t2r env") from error
+    return torch.device(device)
+
+
+def pick_dtype(entries: list[Entry], dtype: str | None) -> tuple[torch.dtype, torch.dtype]:
+    """(dtype to compute in, dtype that the first converted model is stored in). The default is to compute in that."""
+    converted = next((entry for entry in entries if entry.is_converted), entries[-1])
+    stored = converted.stored_dtype()
+    return (DTYPES[dtype] if dtype else stored), stored
+
+
+def load(entry: Entry, dtype: torch.dtype, stored: torch.dtype, device: torch.device):
+    """The model, ready to evaluate in `dtype`. An original is first rounded to `stored`, as its conversion was."""
+    from transformers import AutoModelForCausalLM
+
+    if entry.is_converted:
+        model = AutoModelForCausalLM.from_pretrained(entry.source.path, dtype=dtype, local_files_only=True)
+        return model.eval().to(device)
+    model = load_source(entry.source)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(stored).to(dtype)
+    return model.to(device)
+
+
+def window_only(model) -> bool:
+    """Switch off, in place, what the gates of a clocked GSA model have learned: what is left is its window of the last
+    tokens and the sinks. False, and nothing changed, where no layer has a clock or none has learned anything."""
+    from t2r.modeling.attention import GSAttention
+
+    layers = [module for module in model.modules() if isinstance(module, GSAttention) and module.gsa.ring]
+    changed = False
+    for layer in layers:
+        # as hard as the gate form allows: an overwrite in turn, an exact keep out of turn
+        write, keep = {"linear": (1.0, 0.0), "sigmoid": (-120.0, 70.0)}[layer.gsa.gate]
+        for parameter, value in ((layer.f_proj.weight, 0.0), (layer.write, write), (layer.keep, keep)):
+            changed |= bool((parameter != value).any())
+            parameter.data.fill_(value)
+    return changed

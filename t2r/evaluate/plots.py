@@ -1,0 +1,71 @@
+"""Line plots of a comparison, one per task: colours of Okabe and Ito, with markers and dashes for print."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+from t2r.errors import UserError
+from t2r.evaluate.task import Task
+
+# black is the original's
+STYLES = [
+    ("#000000", "o", "-"), ("#0072B2", "s", "-"), ("#D55E00", "^", "--"), ("#009E73", "D", "-."),
+    ("#CC79A7", "v", ":"), ("#E69F00", "P", "--"), ("#56B4E9", "X", "-."),
+]  # fmt: skip
+
+
+def require_matplotlib() -> None:
+    """Raise UserError where matplotlib is missing."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise UserError("the plots need matplotlib", next="pip install 't2r[demo]'") from error
+
+
+def plot(results, task: Task, folder: Path) -> str:
+    """Draw a task's metrics that have an x, one line per model, into `folder`; the file's name."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, NullLocator, PercentFormatter
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes, spec, unit = figure.add_subplot(), task.plot, ""
+    ticks: set[float] = set()
+    outcomes = results.outcomes[task.name]
+    for i, label in enumerate(results.models):
+        metrics = [m for m in outcomes.get(label, SimpleNamespace(metrics=[])).metrics if m.x is not None]
+        if not metrics:
+            continue
+        unit, (colour, marker, dashes) = metrics[0].unit, STYLES[i % len(STYLES)]
+        # a hand's breadth apart, so that intervals of equal models do not hide each other
+        xs = [m.x * 1.02 ** (i - (len(results.models) - 1) / 2) for m in metrics]
+        ticks |= {m.x for m in metrics}
+        errors = [[m.value - (m.low if m.low is not None else m.value) for m in metrics]]
+        errors += [[(m.high if m.high is not None else m.value) - m.value for m in metrics]]
+        axes.errorbar(
+            xs, [m.value for m in metrics], yerr=errors, label=label, color=colour, marker=marker, linestyle=dashes,
+            markersize=6, linewidth=1.8, elinewidth=1, capsize=3,
+        )  # fmt: skip
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(sorted(ticks)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: tokens(x)))
+    if spec.log_y:
+        axes.set_yscale("log")
+    if unit == "share":
+        axes.set_ylim(-0.03, 1.03)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    if unit == "bytes":
+        axes.yaxis.set_major_formatter(EngFormatter("B"))
+    axes.set(title=spec.title, xlabel=spec.x, ylabel=spec.y)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    name = f"{task.name}.png"
+    figure.savefig(folder / name, dpi=150)
+    return name
+
+
+def tokens(x: float) -> str:
+    """A position or length in tokens: 96, 1.5K, 128K."""
+    return f"{x / 1024:g}K" if x >= 1024 else f"{x:g}"
