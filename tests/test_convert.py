@@ -59,7 +59,7 @@ def test_real_smollm2_becomes_an_rnn_that_talks(tmp_path, capfd):
     assert set(tensors) == {name for name, entry in report["tensors"].items() if entry["status"] != "ignored"}
     assert {entry["status"] for entry in report["tensors"].values()} == {"transformed", "new"}
     config = json.loads((out / "config.json").read_text())
-    assert config["model_type"] == "gsa_llama" and config["gsa"]["sink_distance"] == 4096
+    assert config["model_type"] == "gsa_llama" and config["gsa"]["sink_distance"] == 1024
     assert AutoTokenizer.from_pretrained(out).chat_template
 
     assert main(["generate", str(out), "What is the capital of France?", "--max-new-tokens", "24"]) == 0

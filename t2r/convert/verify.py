@@ -208,7 +208,8 @@ def reading_checks(model, ids: Tensor) -> list[Check]:
 
 
 def exact_start_checks(student, teacher, ids: Tensor, logits: Tensor, gsa: GSAConfig) -> list[Check]:
-    """With the clock alone at the gates: the source on the first M tokens, its windowed attention with sinks beyond."""
+    """With the clock alone at the gates and sinks at their true distance: the source on the first M tokens, its windowed
+    attention with sinks beyond."""
     from t2r.modeling.attention import GSAttention
 
     for module in student.modules():
@@ -216,6 +217,7 @@ def exact_start_checks(student, teacher, ids: Tensor, logits: Tensor, gsa: GSACo
             module.f_proj.weight.zero_()
             module.write.fill_({"linear": 1.0, "sigmoid": -120.0}[gsa.gate])
             module.keep.fill_({"linear": 0.0, "sigmoid": 70.0}[gsa.gate])
+    student.config.gsa = {**student.config.gsa, "sink_distance": None}
     start, M = student(ids).logits, gsa.slots
     window = torch.where(ring_window(gsa, ids.shape[1]), 0.0, torch.finfo(torch.float32).min)[None, None]
     windowed = teacher(ids, attention_mask=window).logits
