@@ -21,12 +21,15 @@ LARGEST_LR = 1.0
 
 @dataclass
 class ConvertConfig:
-    """How the source becomes a GSA model: the options of `t2r convert`. None: the preset's, or the source's dtype."""
+    """How the source becomes a GSA model: the options of `t2r convert`. None: the preset's, or the source's dtype.
+    verify: prove the result before training it.
+    """
 
     preset: Literal["exact", "paper"] = "exact"
     slots: int | None = None
     sinks: int | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    verify: bool = True
 
 
 @dataclass
@@ -269,7 +272,7 @@ def build(schema: type[Schema], raw: object, path: Path, prefix: str = "") -> Sc
         else:
             try:
                 leaf = OmegaConf.structured(one_field(schema.__name__, key, hints[key]))
-                leaf[key] = value
+                OmegaConf.update(leaf, key, value)
                 values[key] = getattr(OmegaConf.to_object(leaf), key)
             except (OmegaConfBaseException, TypeError) as error:
                 choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()

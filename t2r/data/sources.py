@@ -46,7 +46,8 @@ class Source:
 
     def records(self, field: str) -> Iterator[dict]:
         if self.path is None:
-            return hub_records(self.name)
+            yield from hub_records(self.name)
+            return
         try:
             yield from FORMATS[format_of(self.path)](self.path, field)
         except UserError:

@@ -161,7 +161,7 @@ def check_converted(folder: Path, settings: RunConfig) -> None:
 
 def make_start(source: str, c: ConvertConfig, out: Path) -> None:
     """`t2r convert`, as the config says."""
-    convert(source, str(out), c.preset, c.slots, c.sinks, c.dtype)
+    convert(source, str(out), c.preset, c.slots, c.sinks, c.dtype, verify=c.verify)
 
 
 def launch(gpus: int, folder: Path, start: Path) -> None:

@@ -1,0 +1,129 @@
+"""Configurations: what is read, and that every mistake is named in one line."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from t2r.config import RunConfig, StageConfig, check, find, load, load_run, save, shipped, with_device
+from t2r.errors import UserError
+
+STAGE = "stages: [{kind: align, tokens: 640, context: 64, batch_tokens: 128, micro_batch: 2, lr: {gates: 1e-3}}]"
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(text):
+        path = tmp_path / "c.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_values_and_overrides(file):
+    path = file(f"source: a\ndata: {{train: [x.txt]}}\n{STAGE}")
+    config = load(path, RunConfig, ["stages.0.lr.mixer=1e-4", "data.train=[a, b]", "compare.limit=3", "seed=7"])
+    (stage,) = config.stages
+    assert (stage.kind, stage.tokens, stage.steps, stage.rows) == ("align", 640, 5, 2)
+    assert (stage.lr.gates, stage.lr.mixer, stage.lr.body) == (1e-3, 1e-4, 0.0)
+    assert (config.data.train, config.compare.limit, config.compare.recipe, config.seed) == (["a", "b"], 3, "quick", 7)
+    assert load(path, RunConfig).compare is None
+
+
+def test_a_saved_config_is_read_back(file, tmp_path):
+    words = ["compare.beside=[{preset: paper}]", "variants.gpu=[seed=1]", "data.train=[x]"]
+    config = load(file(f"source: a\n{STAGE}"), RunConfig, words)
+    save(config, tmp_path / "saved.yaml")
+    assert load(tmp_path / "saved.yaml", RunConfig) == config
+
+
+def test_a_variant_comes_before_the_words_of_the_command_line(file):
+    path = file("source: a\nvariants: {gpu: [seed=1, convert.slots=8]}")
+    assert load_run(path).seed == 0
+    config = load_run(path, ["seed=2"], variant="gpu")
+    assert (config.seed, config.convert.slots) == (2, 8)
+
+
+@pytest.mark.parametrize(
+    "text, words, message",
+    [
+        ("sorce: a", [], "unknown key 'sorce' (in {}); nearest valid: source"),
+        ("source: a\nstages: [{kin: lm}]", [], "unknown key 'stages.0.kin' (in {}); nearest valid: kind"),
+        ("source: a\nconvert: {slotz: 1}", [], "unknown key 'convert.slotz' (in {}); nearest valid: slots"),
+        ("source: a", ["convert.prest=exact"], "unknown key 'convert.prest' (in {}); nearest valid: preset"),
+        (
+            "source: a\nstages: [{kind: algn, tokens: 1}]",
+            [],
+            "stages.0.kind is 'algn', expected one of align, distill, lm (in {}); nearest valid: align",
+        ),
+        ("source: a\nconvert: {slots: x}", [], "convert.slots is 'x', expected a whole number or null (in {})"),
+        ("source: a\nseed: 1.5", [], "seed is 1.5, expected a whole number (in {})"),
+        ("source: a\ndata: {train: x}", [], "data.train is 'x', expected a list, each item text (in {})"),
+        ("source: a\nstages: 3", [], "stages is 3, not a list (in {})"),
+        ("source: a\nconvert: 3", [], "convert is 3, not keys and values (in {})"),
+        ("seed: 1", [], "source is missing, text (in {})"),
+        ("source: a\nstages: [{kind: lm}]", [], "stages.0.tokens is missing, a whole number (in {})"),
+        ("- 1", [], "holds a list, not keys and values (in {})"),
+        ("source: [", [], "not readable as YAML: "),
+        ("source: a", ["seed"], "'seed' is not of the form key=value; nearest valid: stages.0.tokens=100000"),
+        ("source: a", ["source.x=1"], "unknown key 'source.x': nothing lies below 'a' (in command line)"),
+        (f"source: a\n{STAGE}", ["stages.1.tokens=1"], "no item '1' of 1 in 'stages.1.tokens' (in command line)"),
+    ],
+)
+def test_a_mistake_is_named(file, text, words, message):
+    path = file(text)
+    with pytest.raises(UserError) as error:
+        load(path, RunConfig, words)
+    assert str(error.value).startswith(message.replace("{}", str(path)))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "word, message",
+    [
+        ("stages.0.tokens=0", "stages.0.tokens is 0, it must be positive"),
+        ("stages.0.warmup_tokens=641", "stages.0.warmup_tokens is 641, more than the stage's 640"),
+        ("stages.0.batch_tokens=200", "stages.0.batch_tokens is 200, no multiple of micro_batch x context = 128"),
+        ("stages.0.lr.body=1e-4", "stages.0.lr.body is 0.0001, but align trains mixers and gates only"),
+        ("stages.0.lr.gates=0", "stages.0.lr is 0 for every group"),
+        ("stages.0.lr.mixer=1e3", "stages.0.lr.mixer is 1000.0 (in {}); nearest valid: 0 to 1"),
+        ("stages.0.loss.kl=1.5", "stages.0.loss.kl is 1.5, a weight between 0"),
+        ("stages.0.validation_tokens=64", "stages.0.validation_tokens needs data.validation"),
+        ("data.train=[]", "data.train is empty, but there are stages"),
+        ("compare.limit=0", "compare.limit is 0, it must be positive"),
+    ],
+)
+def test_values_that_do_not_fit_together(file, word, message):
+    path = file(f"source: a\ndata: {{train: [x]}}\n{STAGE}")
+    load_run(path)
+    with pytest.raises(UserError) as error:
+        load_run(path, [word])
+    assert str(error.value).startswith(message.replace("{}", str(path)))
+
+
+def test_a_missing_file_names_the_nearest_shipped_one():
+    with pytest.raises(UserError, match="no configuration 'quikstart'.*nearest valid: quickstart; try: `t2r ls`"):
+        find("quikstart")
+
+
+@pytest.mark.parametrize("name", shipped("configs"))
+def test_shipped_configs_and_their_variants_are_right(name):
+    assert shipped("configs")[name].endswith(".")
+    config = load_run(name)
+    for variant in config.variants:
+        assert load_run(name, variant=variant) != config
+    check(config)
+
+
+def test_cuda_without_a_gpu(file, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = load(file("source: a"), RunConfig)
+    assert with_device(config).device == "cpu"
+    with pytest.raises(UserError, match="device is cuda, but torch sees no GPU; nearest valid: device=cpu"):
+        with_device(replace(config, device="cuda"))
+
+
+def test_tokens_are_rounded_up_to_whole_steps():
+    stage = StageConfig("lm", tokens=1000, batch_tokens=300)
+    assert stage.steps == 4
