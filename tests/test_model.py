@@ -188,6 +188,55 @@ def test_generation_continues_from_a_cache(model):
     assert torch.equal(went_on, model.generate(longer, max_new_tokens=10, do_sample=False))
 
 
+def count_calls(model):
+    """Forward calls of a model, counted from here on."""
+    calls = []
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    return calls
+
+
+@CASES
+def test_assisted_decoding_and_prompt_lookup_are_exact(model):
+    """Candidates that are rejected leave no trace in the memory, and accepted ones save forwards."""
+    pattern, options = tokens(1, 7).repeat(1, 6), {"max_new_tokens": 40, "min_new_tokens": 40, "do_sample": False}
+    assistant = copy.deepcopy(model)
+    calls = count_calls(model)
+    want = model.generate(pattern, **options)
+    assert len(calls) == 40
+    calls.clear()
+    assert torch.equal(model.generate(pattern, **options, prompt_lookup_num_tokens=5), want)
+    assert len(calls) <= 40
+    calls.clear()
+    assert torch.equal(model.generate(pattern, **options, assistant_model=assistant), want)
+    assert len(calls) < 20
+
+    teacher = teacher_model()
+    want = teacher.generate(pattern, max_new_tokens=20, do_sample=False)
+    assert torch.equal(teacher.generate(pattern, max_new_tokens=20, do_sample=False, assistant_model=model), want)
+
+
+@CASES
+@torch.no_grad()
+def test_crop_takes_back_tokens(model):
+    ids = tokens(1, 60)
+    for remove in (0, 1, 12, 20, 33):
+        cache = DynamicCache(config=model.config)
+        model(ids[:, :20], past_key_values=cache)
+        cache.activate_past_recording()
+        model(ids[:, 20:40], past_key_values=cache)
+        model(ids[:, 40:53], past_key_values=cache)
+        cache.crop(-remove)
+        assert cache.get_seq_length() == 53 - remove
+        same(model(ids[:, 53:], past_key_values=cache).logits, kept(model, ids, 53 - remove))
+        with pytest.raises(ValueError, match="more than were recorded"):
+            cache.crop(-30)
+
+
+def kept(model, ids, n):
+    """Logits of the last tokens of ids after its first n."""
+    return model(torch.cat([ids[:, :n], ids[:, 53:]], dim=1)).logits[:, n:]
+
+
 @CASES
 @torch.no_grad()
 def test_state_size_is_constant_and_forks(model):

@@ -16,7 +16,7 @@ from torch.nn.functional import silu
 from transformers import initialization as init
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from t2r.kernels.gsa import gsa
+from t2r.kernels.gsa import SlotState, gsa
 
 from .cache import SlotCacheLayer
 from .configuration import GSAConfig
@@ -139,23 +139,30 @@ def gsa_attention(
     q_sink = None if context.sink_turn is None else turn_pairs(q, *context.sink_turn)
     if context.cu_seqlens is not None and B > 1:
         q, k, v, gate, q_sink = (None if x is None else x.flatten(0, 1)[None] for x in (q, k, v, gate, q_sink))
-    o, state = gsa(
-        q,
-        k,
-        v,
-        gate,
-        spec=config.spec,
-        scale=scaling if config.scale is None else config.scale,
-        write=module.write if config.ring else None,
-        keep=module.keep if config.ring else None,
-        q_sink=q_sink,
-        positions=context.positions,
-        cu_seqlens=context.cu_seqlens,
-        initial_state=None if gsa_memory is None else gsa_memory.state,
-        output_final_state=gsa_memory is not None,
-    )
+    memory = None if gsa_memory is None else gsa_memory.state
+
+    def read(tokens: slice) -> tuple[Tensor, SlotState | None]:
+        part = (None if x is None else x[:, tokens] for x in (q, k, v, gate, q_sink, context.positions))
+        q_, k_, v_, gate_, q_sink_, positions = part
+        return gsa(
+            q_,
+            k_,
+            v_,
+            gate_,
+            spec=config.spec,
+            scale=scaling if config.scale is None else config.scale,
+            write=module.write if config.ring else None,
+            keep=module.keep if config.ring else None,
+            q_sink=q_sink_,
+            positions=positions,
+            cu_seqlens=context.cu_seqlens,
+            initial_state=memory,
+            output_final_state=gsa_memory is not None,
+        )
+
+    o, state = read(slice(None))
     if gsa_memory is not None:
-        gsa_memory.advance(state, T)
+        gsa_memory.advance(state, T, replay=lambda n: read(slice(n))[1])
     o = o.reshape(B, T, *o.shape[2:])
     if config.output_norm:
         o = module.g_norm(silu(o).flatten(2)).view_as(o)

@@ -3,6 +3,8 @@
 Shape legend: kernels/gsa/spec.py; B is the batch of the generation (beams included).
 """
 
+from collections.abc import Callable
+
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -11,29 +13,60 @@ from t2r.kernels.gsa import SlotState
 
 class SlotCacheLayer(CacheLayerMixin):
     """One layer's memory. `state` is None before the first token; `cumulative_length` counts tokens, padding included,
-    because that is what transformers sizes masks with."""
+    because that is what transformers sizes masks with.
+
+    A recurrent state cannot forget its last tokens, which assisted decoding asks for when it rejects candidates. After
+    `activate_past_recording` the layer therefore keeps, until the next `crop`, the state before each call and a way to
+    read the call's first tokens again.
+    """
 
     _layer_type = "gated_slot_attention"
     is_compileable = True
     is_sliding = False
-    is_croppable = False
+    is_croppable = True
     supports_early_init = False
 
     def __init__(self, **kwargs):
         super().__init__()
         self.state: SlotState | None = None
         self.cumulative_length = 0
+        self.record_past = False
+        self.log: list[tuple[int, SlotState | None, Callable[[int], SlotState]]] = []
 
-    def advance(self, state: SlotState, num_tokens: int) -> None:
-        """Take over the state after `num_tokens` more tokens; in place where autograd allows it, so that captured CUDA
-        graphs keep reading the same addresses."""
-        if self.state is None or torch.is_grad_enabled():
+    def advance(self, state: SlotState, num_tokens: int, replay: Callable[[int], SlotState]) -> None:
+        """Take over the state after `num_tokens` more tokens; replay(n) is the state after only the first n of them.
+
+        In place where autograd allows it and nothing is recorded, so that captured CUDA graphs keep reading the same
+        addresses.
+        """
+        if self.record_past:
+            self.log.append((num_tokens, self.state, replay))
+        if self.state is None or self.record_past or torch.is_grad_enabled():
             self.state = state
         else:
             for mine, new in zip(self.state, state, strict=True):
                 mine.copy_(new)
         self.is_initialized = True
         self.cumulative_length += num_tokens
+
+    def activate_past_recording(self) -> None:
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last -tokens_to_remove tokens (transformers counts them negative) and end the recording so far;
+        0 only does the latter."""
+        left = -tokens_to_remove
+        if left < 0:
+            raise ValueError(f"crop takes a negative number of tokens, got {tokens_to_remove}")
+        if left > sum(num_tokens for num_tokens, _, _ in self.log):
+            raise ValueError(f"{left} tokens are more than were recorded: call activate_past_recording before them")
+        while left:
+            num_tokens, before, replay = self.log.pop()
+            removed = min(left, num_tokens)
+            self.state = before if removed == num_tokens else replay(num_tokens - removed)
+            self.cumulative_length -= removed
+            left -= removed
+        self.log.clear()
 
     def lazy_initialization(self, key_states, value_states) -> None:
         """Nothing to allocate: the memory is born with the first `advance`."""
@@ -59,6 +92,7 @@ class SlotCacheLayer(CacheLayerMixin):
         self.state = None
         self.is_initialized = False
         self.cumulative_length = 0
+        self.log.clear()
 
     def _rows(self, pick) -> None:
         if self.state is not None:

@@ -152,11 +152,21 @@ def model_classes(family: Family) -> tuple[type, type]:
         """Keep the 2-D mask: `GSAMixin.forward` reads positions from it."""
         return attention_mask
 
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        """transformers makes the cache; its GSA layers must be ours before it is told to record for a rollback."""
+        lm_source._prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs)
+        past = model_kwargs.get("past_key_values")
+        if past is not None:
+            adopt(past, range(len(self.model.layers)), len(self.model.layers))
+            if generation_config.is_assistant:
+                past.activate_past_recording()
+
     base = make((GSAMixin, base_source))
     lm = make(
         (GSAParameters, lm_source),
         __init__=__init__,
         create_masks_for_generate=staticmethod(create_masks_for_generate),
+        _prepare_cache_for_generation=_prepare_cache_for_generation,
     )
     globals().update({cls.__name__: cls for cls in (base, lm)})  # where pickle and transformers look them up
     return base, lm
