@@ -208,7 +208,7 @@ def test_assisted_decoding_and_prompt_lookup_are_exact(model):
     assert len(calls) <= 40
     calls.clear()
     assert torch.equal(model.generate(pattern, **options, assistant_model=assistant), want)
-    assert len(calls) < 20
+    assert len(calls) <= 25
 
     teacher = teacher_model()
     want = teacher.generate(pattern, max_new_tokens=20, do_sample=False)
