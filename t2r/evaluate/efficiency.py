@@ -34,8 +34,8 @@ def state_bytes(config, length: int, itemsize: int) -> int:
     if getattr(config, "gsa", None):
         slots = config.gsa["slots"]
         return layers * (heads * slots * (2 * head_dim + 1) * 4 + 8)  # keys, values, occupancy; the position
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * layers
     window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * layers
     # a sliding layer keeps the window without the token that is being read
     kept = [min(length, window - 1) if kind == "sliding_attention" and window else length for kind in kinds]
     return sum(2 * heads * head_dim * itemsize * tokens for tokens in kept)
@@ -54,7 +54,7 @@ class Memory(Task):
         "What a model has to keep of one text to go on with it: the KV cache of a Transformer, the state of a "
         "converted model. Computed from the configuration and checked against a real cache."
     )
-    plot: ClassVar[Plot] = Plot("Memory by context length", "context (tokens)", "bytes for one text", log_y=True)
+    plot: ClassVar[Plot] = Plot("Memory by context length", "context (tokens)", "memory for one text")
     quality: ClassVar[bool] = False
 
     def prepare(self, tokenizer, folder: Path, on_cpu: bool) -> list[int]:

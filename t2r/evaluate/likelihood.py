@@ -103,17 +103,18 @@ class Question(NamedTuple):
 
 def piqa(row: dict, path: Path) -> tuple[str, list[str], int]:
     choices = [take(row, key, path) for key in ("sol1", "sol2")]
-    return f"Question: {take(row, 'goal', path)}\nAnswer:", choices, take(row, "label", path)
+    return f"Question: {take(row, 'goal', path)}\nAnswer:", choices, take(row, "label", path, int)
 
 
 def arc(row: dict, path: Path) -> tuple[str, list[str], int]:
-    choices = take(row, "choices", path)
-    gold = choices["label"].index(take(row, "answerKey", path))
-    return f"Question: {take(row, 'question', path)}\nAnswer:", choices["text"], gold
+    choices, key = take(row, "choices", path, dict), take(row, "answerKey", path)
+    labels = take(choices, "label", path, list)
+    gold = labels.index(key) if key in labels else -1
+    return f"Question: {take(row, 'question', path)}\nAnswer:", take(choices, "text", path, list), gold
 
 
 def plain(row: dict, path: Path) -> tuple[str, list[str], int]:
-    return take(row, "query", path), take(row, "choices", path), take(row, "gold", path)
+    return take(row, "query", path), take(row, "choices", path, list), take(row, "gold", path, int)
 
 
 # how a row of a data set becomes (query, choices, index of the right choice)
@@ -141,6 +142,8 @@ class MultipleChoice(Task):
         path, questions = locate(self.data, folder), []
         for row in rows(path):
             query, choices, gold = FORMATS[self.format](row, path)
+            if not all(isinstance(choice, str) and choice for choice in choices) or not 0 <= gold < len(choices):
+                raise UserError(f"no right answer among the choices {choices!r:.80}", where=path)
             passages = [encode_pair(tokenizer, query, " " + choice) for choice in choices]
             questions.append(Question(passages, [len(choice) for choice in choices], gold))
         return self.within_budget(questions, lambda q: sum(len(choice.ids) for choice in q.choices), on_cpu)

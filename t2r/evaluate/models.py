@@ -1,5 +1,6 @@
 """The models of a comparison: opened and checked together, loaded one at a time, all in one dtype."""
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,8 +26,11 @@ class Entry:
         return getattr(self.source.config, "gsa", None) is not None
 
     def stored_dtype(self) -> torch.dtype:
-        """The dtype of the weights on disk; float32 where they are dequantised."""
-        return self.source.dtype(self.source.names()[0])
+        """The dtype of most of the weights on disk; float32 where they are dequantised."""
+        sizes = Counter()
+        for name in self.source.names():
+            sizes[self.source.dtype(name)] += self.source.nbytes(name)
+        return sizes.most_common(1)[0][0]
 
 
 def open_models(words: list[str]) -> list[Entry]:
@@ -85,10 +89,13 @@ def load(entry: Entry, dtype: torch.dtype, stored: torch.dtype, device: torch.de
     if entry.is_converted:
         model = AutoModelForCausalLM.from_pretrained(entry.source.path, dtype=dtype, local_files_only=True)
         return model.eval().to(device)
-    model = load_source(entry.source)
+    if entry.source.is_quantised:
+        model = load_source(entry.source)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(entry.source.path, dtype="auto", local_files_only=True)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(stored).to(dtype)
-    return model.to(device)
+    return model.eval().to(device)
 
 
 def window_only(model) -> bool:

@@ -68,7 +68,7 @@ class Perplexity(Task):
         "where its memory ends."
     )
     noun: ClassVar[str] = "blocks"
-    plot: ClassVar[Plot] = Plot("Perplexity by position", "position in the text (tokens)", "perplexity")
+    plot: ClassVar[Plot] = Plot("Perplexity by position", "position in the text, up to (tokens)", "perplexity")
 
     def prepare(self, tokenizer, folder: Path, on_cpu: bool) -> list[list[int]]:
         where = f"task {self.name}"
@@ -91,7 +91,7 @@ class Perplexity(Task):
         metrics = []
         for low, high in pairwise(self.edges):
             block_losses = nll[:, max(low - 1, 0) : high - 1].mean(-1).tolist()
-            metrics.append(perplexity(f"[{low}, {high})", block_losses, x=(low + high) / 2))
+            metrics.append(perplexity(f"[{low}, {high})", block_losses, x=high))
         for total in self.totals:
             metrics.append(perplexity(f"first {total}", nll[:, : total - 1].mean(-1).tolist()))
         records = [{m.name: m.samples[i] for m in metrics} for i in range(len(items))]

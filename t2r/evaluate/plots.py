@@ -31,27 +31,31 @@ def plot(results, task: Task, folder: Path) -> str:
     FigureCanvasAgg(figure)
     axes, spec, unit = figure.add_subplot(), task.plot, ""
     ticks: set[float] = set()
+    heights: list[float] = []
     outcomes = results.outcomes[task.name]
     for i, label in enumerate(results.models):
         metrics = [m for m in outcomes.get(label, SimpleNamespace(metrics=[])).metrics if m.x is not None]
         if not metrics:
             continue
         unit, (colour, marker, dashes) = metrics[0].unit, STYLES[i % len(STYLES)]
-        # a hand's breadth apart, so that intervals of equal models do not hide each other
-        xs = [m.x * 1.02 ** (i - (len(results.models) - 1) / 2) for m in metrics]
-        ticks |= {m.x for m in metrics}
-        errors = [[m.value - (m.low if m.low is not None else m.value) for m in metrics]]
-        errors += [[(m.high if m.high is not None else m.value) - m.value for m in metrics]]
+        xs, values, errors = [m.x for m in metrics], [m.value for m in metrics], None
+        ticks |= set(xs)
+        heights += values
+        # A perplexity's interval is the spread between texts, which all models share: it says nothing of their order.
+        if unit == "share":
+            errors = [[m.value - m.low for m in metrics], [m.high - m.value for m in metrics]]
+            xs = [x * 1.03 ** (i - (len(results.models) - 1) / 2) for x in xs]  # or equal models hide each other
         axes.errorbar(
-            xs, [m.value for m in metrics], yerr=errors, label=label, color=colour, marker=marker, linestyle=dashes,
+            xs, values, yerr=errors, label=label, color=colour, marker=marker, linestyle=dashes,
             markersize=6, linewidth=1.8, elinewidth=1, capsize=3,
         )  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(FixedLocator(sorted(ticks)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: tokens(x)))
-    if spec.log_y:
+    if unit != "share" and max(heights) > 20 * min(heights):
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))
     if unit == "share":
         axes.set_ylim(-0.03, 1.03)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))

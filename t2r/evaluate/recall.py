@@ -60,7 +60,6 @@ class Recall(Task):
         'Share of four-digit codes that come back exactly, by the number of tokens between a fact ("The code of Maria '
         'is 4821.") and the question for it ("The code of Maria is"), in real text with many such facts.'
     )
-    noun: ClassVar[str] = "facts"
     plot: ClassVar[Plot] = Plot("Recall by distance", "distance to the question (tokens)", "recalled exactly")
 
     def prepare(self, tokenizer, folder: Path, on_cpu: bool) -> list[Stop]:
@@ -71,7 +70,7 @@ class Recall(Task):
         most = len(NAMES) - after
         if not 1 <= (self.items or 1) <= most:
             what = f"{self.items} facts and {after} after the last, but there are {len(NAMES)} names"
-            raise UserError(what, where=where, nearest=f"items: {max(1, most)}")
+            raise UserError(what, where=where, nearest=f"items: {most}" if most > 0 else "a larger `every`")
         facts = self.facts(tokenizer, len(NAMES))
 
         def cost(fact: Fact) -> int:
@@ -79,6 +78,7 @@ class Recall(Task):
             return rest + self.every + len(self.distances) * (len(fact.question) + len(fact.answer))
 
         asked = len(self.within_budget(facts[:most], cost, on_cpu))
+        self.coverage = f"{asked} facts"
         stream = self.stream(tokenizer, folder, facts[: asked + after])
         asks: dict[int, list[tuple[int, Fact]]] = {}
         for number, fact in enumerate(facts[:asked], start=1):

@@ -1,6 +1,7 @@
 """A comparison as a folder: report.md, report.json, items.jsonl and plots; and as a table for the terminal."""
 
 import json
+import math
 import os
 import platform
 import secrets
@@ -34,6 +35,10 @@ class Results:
         by_label = {label: {m.name: m for m in o.metrics} for label, o in self.outcomes[task.name].items()}
         for name in next(iter(by_label.values())):
             yield name, {label: found[name] for label, found in by_label.items()}
+
+    def has_curve(self, task: Task) -> bool:
+        """Whether there is something to plot."""
+        return task.plot is not None and any(m.x is not None for _, row in self.metrics(task) for m in row.values())
 
     def changes(self, task: Task) -> Iterator[tuple[str, str, dict]]:
         """(metric, label, change against the original) of what was measured on the same items."""
@@ -106,8 +111,8 @@ def write(results: Results, folder: Path) -> None:
     """Fill `folder`."""
     from t2r.evaluate.plots import plot
 
-    images = {task.name: plot(results, task, folder) for task in results.tasks if task.plot}
-    report = json.dumps(results.to_dict(), indent=1, ensure_ascii=False) + "\n"
+    images = {task.name: plot(results, task, folder) for task in results.tasks if results.has_curve(task)}
+    report = json.dumps(finite(results.to_dict()), indent=1, ensure_ascii=False) + "\n"
     (folder / "report.json").write_text(report, encoding="utf-8")
     (folder / "report.md").write_text(markdown(results, images), encoding="utf-8")
     with open(folder / "items.jsonl", "w", encoding="utf-8") as file:
@@ -115,7 +120,16 @@ def write(results: Results, folder: Path) -> None:
             for label, outcome in outcomes.items():
                 for item, record in enumerate(outcome.records):
                     line = {"task": task, "model": label, "item": item, **record}
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                    file.write(json.dumps(finite(line), ensure_ascii=False) + "\n")
+
+
+def finite(value):
+    """JSON has no word for NaN and infinity: they become null."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def markdown(results: Results, images: dict[str, str]) -> str:
@@ -136,8 +150,9 @@ def markdown(results: Results, images: dict[str, str]) -> str:
     if facts["notes"]:
         parts += facts["notes"]
     for task in results.tasks:
-        outcomes = results.outcomes[task.name]
-        parts += [f"## {task.name}", f"{task.about} {facts['coverage'][task.name]}".strip()]
+        outcomes, coverage = results.outcomes[task.name], facts["coverage"][task.name]
+        coverage = f" Here: {coverage}." if coverage else ""
+        parts += [f"## {task.name}", task.about + coverage]
         rows = [[name, *(cell(row.get(label)) for label in labels)] for name, row in results.metrics(task)]
         if rows:
             parts.append(table(["", *labels], rows))
@@ -185,8 +200,8 @@ def change_cell(change: dict) -> str:
 
 
 def number(value: float) -> str:
-    """Three significant digits or all before the point."""
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    """Three significant digits, or all before the point."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}".rstrip(".")
 
 
 def human_bytes(value: float) -> str:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from statistics import mean, stdev
 
 Z95 = 1.959964
 
@@ -37,23 +36,33 @@ class Metric:
 def perplexity(name: str, losses: Sequence[float], x: float | None = None) -> Metric:
     """exp of the mean of `losses` (nats, one per independent sample); the interval is exp of the mean's."""
     average, error = mean(losses), mean_error(losses)
-    value = math.exp(average)
+    value = exp(average)
     if error is None:
         return Metric(name, "ppl", value, n=1, x=x, samples=losses)
-    low, high = math.exp(average - Z95 * error), math.exp(average + Z95 * error)
+    low, high = exp(average - Z95 * error), exp(average + Z95 * error)
     return Metric(name, "ppl", value, low, high, value * error, len(losses), x, losses)
 
 
 def share(name: str, hits: Sequence[bool], x: float | None = None) -> Metric:
     """Share of hits with Wilson's interval."""
-    n, value = len(hits), mean(map(float, hits))
+    n, value = len(hits), mean(hits)
     error, samples = math.sqrt(value * (1 - value) / n), [float(hit) for hit in hits]
     return Metric(name, "share", value, *wilson(sum(hits), n), error, n, x, samples)
 
 
+def mean(samples: Sequence[float]) -> float:
+    return sum(samples) / len(samples)
+
+
 def mean_error(samples: Sequence[float]) -> float | None:
     """Standard error of the mean; None for a single sample."""
-    return stdev(samples) / math.sqrt(len(samples)) if len(samples) > 1 else None
+    n, average = len(samples), mean(samples)
+    return math.sqrt(sum((x - average) ** 2 for x in samples) / (n - 1) / n) if n > 1 else None
+
+
+def exp(x: float) -> float:
+    """e^x, infinite where a float ends: a broken model's perplexity is a finding, not a crash."""
+    return math.exp(x) if not x > 700 else math.inf
 
 
 def wilson(hits: int, n: int) -> tuple[float, float]:
@@ -61,7 +70,8 @@ def wilson(hits: int, n: int) -> tuple[float, float]:
     p, z2 = hits / n, Z95**2
     middle = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = Z95 / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    # rounding must not push the bounds past the value itself at 0 and 1
+    return min(p, max(0.0, middle - half)), max(p, min(1.0, middle + half))
 
 
 def mcnemar(first: Sequence[float], second: Sequence[float]) -> float:
@@ -83,5 +93,5 @@ def paired(original: Metric, other: Metric) -> dict | None:
     change, error = mean(differences), mean_error(differences)
     if original.unit == "share":
         return {"difference": change, "stderr": error, "p": mcnemar(original.samples, other.samples)}
-    ratio = math.exp(change)
+    ratio = exp(change)
     return {"ratio": ratio, "stderr": None if error is None else ratio * error}

@@ -17,12 +17,11 @@ OWN_DATA = Path(__file__).parents[1] / "recipes" / "data"
 
 @dataclass(frozen=True)
 class Plot:
-    """A line plot of the metrics that have an x: perplexity, share or bytes against tokens (log scale)."""
+    """A line plot of the metrics that have an x: against tokens, on a log scale."""
 
     title: str
     x: str
     y: str
-    log_y: bool = False
 
 
 @dataclass
@@ -100,12 +99,16 @@ def rows(path: Path) -> Iterator[dict]:
                     raise ValueError("not a JSON object")
                 yield row
                 number += 1
+        if number == 1:
+            raise UserError("holds no rows", where=path)
     except (OSError, EOFError, ValueError) as error:
         raise UserError(f"line {number} cannot be read: {error}", where=path) from error
 
 
-def take(row: dict, key: str, path: Path):
-    """row[key]; UserError with the nearest field where there is none."""
+def take(row: dict, key: str, path: Path, kind: type = str):
+    """row[key]; UserError with the nearest field where there is none, or where its value is of another type."""
     if key not in row:
         raise UserError(f"no field {key!r}", where=path, nearest=nearest(key, row) or ", ".join(row))
+    if not isinstance(row[key], kind):
+        raise UserError(f"field {key!r} is {row[key]!r:.60}, expected {kind.__name__}", where=path)
     return row[key]
