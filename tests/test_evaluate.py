@@ -415,13 +415,25 @@ def test_a_comparison(folders, tmp_path, recipe, capsys):
     assert [path.name for path in out.parent.iterdir()] == ["report"]
 
 
-def test_limit_and_ablation_off(folders, tmp_path, recipe):
+def test_ablation_off(folders, tmp_path, recipe):
+    trained = tmp_path / "trained"
+    model = AutoModelForCausalLM.from_pretrained(folders / "gsa")
+    torch.nn.init.normal_(model.model.layers[0].self_attn.f_proj.weight)
+    model.save_pretrained(trained)
+    byte_tokenizer().save_pretrained(trained)
+    for ablation in (True, False):
+        tasks = [{"kind": "last_word", "items": 1}]
+        words = [str(folders / "llama"), str(trained)]
+        report = compare(words, recipe(tasks=tasks, ablation=ablation), str(tmp_path / f"report-{ablation}"))
+        assert ("trained, window only" in report["models"]) == ablation
+
+
+def test_limit(folders, tmp_path, recipe):
     out = tmp_path / "report"
     tasks = [{"kind": "last_word", "name": "words", "items": 5}]
     report = compare([str(folders / "llama"), str(folders / "gsa")], recipe(tasks=tasks), str(out), limit=2)
     assert report["results"]["words"]["metrics"]["accuracy"]["gsa"]["n"] == 2
     assert report["coverage"] == {"words": "2 of 300 items"}
-    assert load_recipe(recipe(ablation="off")).ablation == "off"
 
 
 @pytest.mark.parametrize(

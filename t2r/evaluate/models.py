@@ -12,6 +12,9 @@ from t2r.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+# gate form -> (write, keep) of a clock without exceptions: an overwrite in turn, an exact keep out of turn
+CLOCK = {"linear": (1.0, 0.0), "sigmoid": (-120.0, 70.0)}
+
 
 @dataclass
 class Entry:
@@ -103,11 +106,11 @@ def window_only(model) -> bool:
     tokens and the sinks. False, and nothing changed, where no layer has a clock or none has learned anything."""
     from t2r.modeling.attention import GSAttention
 
-    layers = [module for module in model.modules() if isinstance(module, GSAttention) and module.gsa.ring]
     changed = False
-    for layer in layers:
-        # as hard as the gate form allows: an overwrite in turn, an exact keep out of turn
-        write, keep = {"linear": (1.0, 0.0), "sigmoid": (-120.0, 70.0)}[layer.gsa.gate]
+    for layer in model.modules():
+        if not isinstance(layer, GSAttention) or not layer.gsa.ring or layer.gsa.gate not in CLOCK:
+            continue
+        write, keep = CLOCK[layer.gsa.gate]
         for parameter, value in ((layer.f_proj.weight, 0.0), (layer.write, write), (layer.keep, keep)):
             changed |= bool((parameter != value).any())
             parameter.data.fill_(value)

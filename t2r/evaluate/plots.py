@@ -64,7 +64,7 @@ def plot(results, task: Task, folder: Path) -> str:
     axes.set(title=spec.title, xlabel=spec.x, ylabel=spec.y)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=min(3, len(results.models)), frameon=False)
     name = f"{task.name}.png"
     figure.savefig(folder / name, dpi=150)
     return name

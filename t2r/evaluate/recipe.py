@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from t2r import config
 from t2r.errors import UserError, nearest
@@ -28,7 +28,7 @@ class RecipeFile:
     """What a recipe's YAML holds. ablation: evaluate a trained memory again as the bare window that it started from."""
 
     tasks: list[dict[str, Any]]
-    ablation: Literal["auto", "off"] = "auto"
+    ablation: bool = True
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Recipe:
     name: str
     folder: Path
     tasks: list[Task] = field(default_factory=list)
-    ablation: str = "auto"
+    ablation: bool = True
 
     def prepare(self, tokenizer, device) -> dict[str, list]:
         """Each task's items, the same for every model. Raises UserError for missing or unfit data."""

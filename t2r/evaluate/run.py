@@ -37,7 +37,7 @@ def evaluate(
     for entry in entries:
         model = load(entry, dtype, stored, device)
         evaluate_one(results, entry.label, entry.spec, "converted" if entry.is_converted else "original", model, items)
-        if recipe.ablation == "auto" and window_only(model):
+        if recipe.ablation and window_only(model):
             label = f"{entry.label}, window only"
             evaluate_one(results, label, entry.spec, "window ablation", model, items)
         del model
