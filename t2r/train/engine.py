@@ -78,6 +78,12 @@ class Offset(nn.Module):
         return value - self.start
 
 
+def recompute_layers(student) -> None:
+    """Activation checkpointing, whatever this transformers calls it."""
+    enable = getattr(student, "activation_checkpointing_enable", None) or student.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def train_offsets(student: nn.Module) -> None:
     """Make the clock's biases Offsets."""
     for module in student.modules():
@@ -164,7 +170,7 @@ def train(
     dtype = compute_dtype(stage, device.type)
     student = AutoModelForCausalLM.from_pretrained(student_folder, dtype=torch.float32, local_files_only=True).train()
     if stage.activation_checkpointing:
-        student.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_layers(student)
     train_offsets(student)
     groups = parameter_groups(student, stage)
     zero = config.deepspeed.zero

@@ -1,0 +1,457 @@
+"""Training: the losses against their formulas, the loop against itself interrupted, sharded and failing."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from t2r.config import LearningRates, LossConfig, RunConfig, StageConfig, load
+from t2r.convert import convert
+from t2r.convert.source import open_source
+from t2r.data.packing import UNLABELLED, Batch
+from t2r.errors import UserError
+from t2r.modeling.attention import GSAttention
+from t2r.modeling.configuration import CONFIG_CLASSES, GSAConfig, preset
+from t2r.train import engine, finetune
+from t2r.train.stages import (
+    STAGES,
+    Align,
+    attention_lessons,
+    group_of,
+    hidden_states,
+    learning_rate,
+    parameter_groups,
+    sums,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZES = {
+    "vocab_size": 96, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 6,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, "initializer_range": 0.2,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+STAGE = StageConfig("align", tokens=10**6, lr=LearningRates(1e-3, 1e-3, 1e-3), loss=LossConfig(kl=0.7, temperature=2.0))
+
+
+def teacher_model():
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+
+
+def student_model(**changes):
+    gsa = GSAConfig(**(preset("exact", slots=16, sinks=3).to_dict() | changes))
+    model = AutoModelForCausalLM.from_config(CONFIG_CLASSES["llama"](**SIZES, gsa=gsa.to_dict()))
+    model.load_state_dict(teacher_model().state_dict(), strict=False)
+    return model
+
+
+def batch_of(lengths, seed=0):
+    """Rows of documents, lengths[row][document]; the last document of a row ends with it."""
+    B, T = len(lengths), sum(lengths[0])
+    ids = torch.randint(3, 96, (B, T + 1), generator=torch.Generator().manual_seed(seed))
+    labels, positions, bounds = ids[:, 1:].clone(), [], [0]
+    for row, documents in enumerate(lengths):
+        end = 0
+        for n in documents:
+            end += n
+            labels[row, end - 1] = UNLABELLED
+            bounds.append(bounds[-1] + n)
+        positions.append(torch.cat([torch.arange(n) for n in documents]))
+    share = torch.tensor(float((labels != UNLABELLED).sum()))
+    return Batch(ids[:, :-1], labels, torch.stack(positions), torch.tensor(bounds), share)
+
+
+def alone(batch):
+    """Each document of a batch as a batch of its own."""
+    for begin, end in zip(batch.cu_seqlens.tolist(), batch.cu_seqlens.tolist()[1:], strict=False):
+        cut = [x.flatten()[None, begin:end] for x in (batch.input_ids, batch.labels, batch.position_ids)]
+        yield Batch(*cut, torch.tensor([0, end - begin]), torch.tensor(1.0))
+
+
+PACKED = [[20, 1, 19], [7, 33]]
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 80, 1000])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_chunked_sums_are_the_plain_formulas(chunk, temperature):
+    torch.manual_seed(0)
+    head, teacher_head = torch.nn.Linear(16, 50, bias=False), torch.nn.Linear(12, 50)
+    hidden, theirs = torch.randn(2, 40, 16, requires_grad=True), torch.randn(2, 40, 12)
+    labels = torch.randint(0, 50, (2, 40))
+    labels[0, ::5] = UNLABELLED
+    kl, ce = sums(head, hidden, labels, chunk, teacher_head, theirs, temperature)
+    gradients = torch.autograd.grad(0.7 * kl + 0.3 * ce, [hidden, head.weight])
+    logits, target = head(hidden), log_softmax(teacher_head(theirs) / temperature, -1)
+    plain_kl = kl_div(log_softmax(logits / temperature, -1), target, log_target=True, reduction="sum") * temperature**2
+    plain_ce = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=UNLABELLED, reduction="sum")
+    plain_gradients = torch.autograd.grad(0.7 * plain_kl + 0.3 * plain_ce, [hidden, head.weight])
+    assert kl.item() == pytest.approx(plain_kl.item(), rel=1e-5)
+    assert ce.item() == pytest.approx(plain_ce.item(), rel=1e-5)
+    for ours, plain in zip(gradients, plain_gradients, strict=True):
+        assert torch.allclose(ours, plain, rtol=1e-4, atol=1e-5)
+    alone, ce = sums(head, hidden, labels, chunk)
+    assert alone.item() == 0 and ce.item() == pytest.approx(plain_ce.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["distill", "lm"])
+def test_a_packed_loss_is_that_of_the_documents_alone(kind):
+    """Teacher and student see each document as if it were the only one: contexts, positions, clocks, labels."""
+    student, teacher = student_model(), teacher_model()
+    stage = STAGES[kind](replace(STAGE, kind=kind))
+    batch = batch_of(PACKED)
+    loss, metrics = stage.loss(student, teacher, batch)
+    want = {"kl": 0.0, "ce": 0.0}
+    for document in alone(batch):
+        _, parts = stage.loss(student, teacher, document)
+        want["ce"] += parts["ce"].item() / batch.share.item()
+        if "kl" in parts:
+            want["kl"] += parts["kl"].item() * document.labels.numel() / batch.labels.numel()
+    assert metrics["ce"].item() == pytest.approx(want["ce"], rel=1e-4)
+    if kind == "distill":
+        assert metrics["kl"].item() == pytest.approx(want["kl"], rel=1e-3)
+        assert loss.item() == pytest.approx(0.7 * want["kl"] + 0.3 * want["ce"], rel=1e-4)
+
+
+def test_packed_align_is_the_relative_error_of_the_documents_alone():
+    student, teacher = student_model(), teacher_model()
+    batch = batch_of(PACKED)
+    loss, _ = Align(STAGE).loss(student, teacher, batch)
+    documents = list(alone(batch))
+    for document, (begin, end) in zip(documents, [(0, 20), (20, 21), (21, 40), (40, 47), (47, 80)], strict=True):
+        assert torch.equal(document.input_ids[0], batch.input_ids.flatten()[begin:end])
+    errors = torch.zeros(2, 2, 2)  # row, layer, (difference, target)
+    for document, row in zip(documents, [0, 0, 0, 1, 1], strict=True):
+        for layer, (x, rotary, target) in enumerate(attention_lessons(teacher, document)):
+            mixer = student.model.layers[layer].self_attn
+            output = mixer(x, position_embeddings=rotary)[0]
+            errors[row, layer] += torch.stack([(output - target).square().sum(), target.square().sum()]).detach()
+    want = (errors[..., 0] / errors[..., 1]).mean()
+    assert loss.item() == pytest.approx(want.item(), rel=1e-4)
+    assert loss.item() > 1e-3
+
+
+def test_our_mask_is_what_transformers_builds_from_positions():
+    teacher, batch = teacher_model(), batch_of(PACKED)
+    theirs = teacher.model(batch.input_ids, position_ids=batch.position_ids, use_cache=False).last_hidden_state
+    assert torch.allclose(hidden_states(teacher, batch), theirs, atol=1e-6)
+
+
+def test_align_trains_mixers_only_and_the_teacher_not_at_all():
+    student, teacher = student_model(), teacher_model()
+    loss, _ = Align(STAGE).loss(student, teacher, batch_of(PACKED))
+    loss.backward()
+    touched = {group_of(name) for name, p in student.named_parameters() if p.grad is not None}
+    assert touched == {"gates", "mixer"}
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+@pytest.mark.parametrize("kind", STAGES)
+def test_activation_checkpointing_changes_no_gradient(kind):
+    gradients = []
+    for on in (False, True):
+        student = student_model().train()
+        if on:
+            engine.recompute_layers(student)
+        stage = STAGES[kind](replace(STAGE, kind=kind, activation_checkpointing=on))
+        stage.loss(student, teacher_model(), batch_of(PACKED))[0].backward()
+        gradients.append([p.grad for p in student.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(gradients[1]) > 10
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_groups_of_parameters():
+    student = student_model(output_norm=True)
+    engine.train_offsets(student)
+    groups = parameter_groups(student, replace(STAGE, lr=LearningRates(3e-3, 1e-3, 0.0)))
+    assert {(g["name"], g["peak"], g["weight_decay"]) for g in groups} == {
+        ("gates", 3e-3, 0.0),
+        ("mixer", 1e-3, 0.01),
+        ("mixer", 1e-3, 0.0),
+    }
+    names = {id(p): name for name, p in student.named_parameters()}
+    inside = {names[id(p)]: g["name"] for g in groups for p in g["params"]}
+    kinds = {name.split("self_attn.")[1]: kind for name, kind in inside.items() if ".layers.0." in f".{name}"}
+    assert kinds == {
+        "f_proj.weight": "gates",
+        "parametrizations.write.original": "gates",
+        "parametrizations.keep.original": "gates",
+        **{f"{x}_proj.weight": "mixer" for x in "qkvo"},
+        "g_norm.weight": "mixer",
+    }
+    for name, parameter in student.named_parameters():
+        assert parameter.requires_grad == (name in inside)
+
+
+def test_schedules():
+    stage = replace(STAGE, tokens=1000, batch_tokens=10, warmup_tokens=200, end_lr=0.1)
+    rates = {s: [learning_rate(replace(stage, schedule=s), i) for i in range(100)] for s in ("linear", "cosine")}
+    for s in rates:
+        assert rates[s][:20] == pytest.approx([(i + 1) / 21 for i in range(20)])
+        assert rates[s][20] == 1 and rates[s][60] == pytest.approx(0.55) and 0.1 < rates[s][99] < 0.12
+        assert all(a > b for a, b in zip(rates[s][20:], rates[s][21:], strict=False))
+    assert [learning_rate(replace(stage, schedule="constant"), i) for i in (0, 20, 99)] == [1 / 21, 1, 1]
+
+
+def gate_gradient(student, teacher, batch):
+    loss, _ = Align(STAGE).loss(student, teacher, batch)
+    weights = [m.f_proj.weight for m in student.modules() if isinstance(m, GSAttention)]
+    squares = torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights)]).square()
+    return squares.mean().sqrt().item()
+
+
+def test_the_gates_of_the_exact_start_train():
+    """Gradient at the start within 100x of a soft clock's; after 200 steps gates have moved and the loss has fallen."""
+    torch.manual_seed(0)
+    teacher, batch = teacher_model(), batch_of([[128], [100, 28]])
+    soft = student_model(gate="sigmoid", damping=8.0)
+    with torch.no_grad():
+        for module in soft.modules():
+            if isinstance(module, GSAttention):
+                module.write.fill_(-40.0)
+                module.keep.fill_(8.0)
+    student = student_model()
+    ratio = gate_gradient(student, teacher, batch) * student.model.layers[0].self_attn.gsa.damping
+    ratio /= gate_gradient(soft, teacher, batch)
+    assert 1e-2 < ratio
+
+    stage = replace(STAGE, lr=LearningRates(gates=3e-3, mixer=3e-4))
+    optimizer = torch.optim.AdamW(parameter_groups(student, stage), betas=(0.9, 0.95))
+    losses = []
+    for step in range(200):
+        loss, _ = Align(stage).loss(student, teacher, batch_of([[64], [40, 24]], seed=step))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert sum(losses[-20:]) < 0.95 * sum(losses[:20])
+    x, *_ = attention_lessons(teacher, batch)[0]
+    mixer = student.model.layers[0].self_attn
+    offset = mixer.f_proj(x).unflatten(-1, (2, 16)) / mixer.gsa.damping
+    moved = [((offset + bias - start).clamp(0, 1)).abs().mean() for bias, start in ((mixer.keep, 0.0),)]
+    moved += [(1 - (offset + mixer.write).clamp(0, 1)).abs().mean()]
+    assert min(moved).item() > 1e-3
+
+
+# The whole loop, on the tiny Llama's files
+
+
+@pytest.fixture(scope="module")
+def start(tiny_llama, tmp_path_factory):
+    out = tmp_path_factory.mktemp("start") / "start"
+    convert(str(tiny_llama), str(out), slots=16, sinks=2, dtype="float32", verify=False)
+    return out
+
+
+@pytest.fixture(scope="module")
+def config(tiny_llama, tmp_path_factory):
+    """A config file of three short stages on text of its own."""
+    folder = tmp_path_factory.mktemp("config")
+    lines = [{"text": "".join(chr(97 + (i * j * j) % 23) for j in range(5 + 17 * (i % 11)))} for i in range(60)]
+    (folder / "text.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    stage = "tokens: 512, context: 32, batch_tokens: 128, micro_batch: 2, loss: {chunk: 40, kl: 0.8}"
+    (folder / "c.yaml").write_text(f"""source: {tiny_llama}
+data: {{train: [{folder}/text.jsonl], validation: [{folder}/text.jsonl], cache: {folder}/cache}}
+device: cpu
+stages:
+- {{kind: align, lr: {{gates: 3e-3, mixer: 3e-4}}, validation_tokens: 64, {stage}}}
+- {{kind: distill, lr: {{gates: 1e-3, mixer: 1e-3, body: 1e-3}}, {stage}}}
+- {{kind: lm, lr: {{gates: 1e-3, mixer: 1e-3, body: 1e-3}}, {stage}}}
+""")
+    return folder / "c.yaml"
+
+
+def only(kind):
+    """Words that leave one stage of the three."""
+    stage = {"align": 0, "distill": 1, "lm": 2}[kind]
+
+    def words(path):
+        from omegaconf import OmegaConf
+
+        stages = OmegaConf.to_container(OmegaConf.load(path).stages)
+        return "stages=[" + json.dumps(stages[stage]).replace('"', "") + "]"
+
+    return words
+
+
+def records(out, stage):
+    """The optimizer steps in a stage's metrics, without what depends on the clock."""
+    lines = (json.loads(line) for line in (out / stage / "metrics.jsonl").read_text().splitlines())
+    timed = ("tokens_per_second", "memory_bytes")
+    return [{k: v for k, v in line.items() if k not in timed} for line in lines if "loss" in line]
+
+
+def tensors(folder):
+    source = open_source(folder)
+    return {name: source.tensor(name) for name in source.names()}
+
+
+@pytest.fixture(scope="module")
+def straight(config, start, tmp_path_factory):
+    """The run of all stages by one process, without interruption."""
+    out = tmp_path_factory.mktemp("straight") / "run"
+    finetune.finetune(str(config), model=str(start), out=str(out))
+    return out
+
+
+def test_a_run_leaves_loadable_models_and_its_metrics(straight, start, config):
+    model, info = AutoModelForCausalLM.from_pretrained(straight / "model", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert (straight / "model").resolve() == straight / "3-lm" / "step-000004"
+    for file in ("tokenizer.json", "generation_config.json", "conversion.json"):
+        assert (straight / "model" / file).read_bytes() == (start / file).read_bytes()
+    saved = load(straight / "config.yaml", RunConfig)
+    assert saved.stages == load(config, RunConfig).stages
+    assert json.loads((straight / "env.json").read_text())["torch"] == torch.__version__
+    lines = [json.loads(line) for line in (straight / "1-align" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 4]
+    assert lines[0]["validation_loss"] > lines[-1]["validation_loss"] > 0
+    step = lines[2]
+    assert step["tokens"] == 256 and step["lr"].keys() == {"gates", "mixer"} and step["grad_norm"] > 0
+    assert step["tokens_per_second"] > 0 and step["memory_bytes"] > 1e8
+
+
+def test_frozen_tensors_stay_and_trained_ones_move(straight, start):
+    before, aligned, distilled = (tensors(f) for f in (start, straight / "1-align/step-000004", straight / "model"))
+    for name in before:
+        assert torch.equal(before[name], aligned[name]) == (group_of(name) == "body"), name
+        assert not torch.equal(aligned[name], distilled[name]), name
+
+
+def test_an_interrupted_run_goes_on_bit_for_bit(straight, start, config, tmp_path, monkeypatch):
+    out, count = tmp_path / "run", [0]
+    run_step = engine.optimizer_step
+
+    def interrupted(*args):
+        count[0] += 1
+        if count[0] == 8:  # the last step of distill: 4 of align, 3 of distill are done
+            raise KeyboardInterrupt
+        return run_step(*args)
+
+    words = [f"stages.{i}.save_every=2" for i in range(3)]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(engine, "optimizer_step", interrupted)
+        finetune.finetune(str(config), words, model=str(start), out=str(out))
+    assert not (out / "model").exists()
+    assert [r["step"] for r in records(out, "2-distill")] == [1, 2, 3]
+    assert [p.name for p in sorted((out / "2-distill").glob("step-*"))] == ["step-000002"]
+    finetune.finetune(str(config), words, model=str(start), out=str(out))
+    for stage in ("1-align", "2-distill", "3-lm"):
+        assert records(out, stage) == records(straight, stage)
+    ours, theirs = tensors(out / "model"), tensors(straight / "model")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    with pytest.raises(UserError, match=f"the run in {out} is finished; nearest valid: --out {out}-2"):
+        finetune.finetune(str(config), words, model=str(start), out=str(out))
+
+
+def test_two_processes_and_every_zero_stage_give_the_losses_of_one(straight, start, config, tmp_path):
+    script = tmp_path / "three.py"
+    script.write_text(f"""
+from t2r.train.finetune import finetune
+for zero in (1, 2, 3):
+    finetune({str(config)!r}, [f"deepspeed.zero={{zero}}"], {str(start)!r}, f"{tmp_path}/zero{{zero}}")
+""")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment.pop("LOCAL_RANK", None)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script]
+    done = subprocess.run(torchrun, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    finetune.finetune(str(config), ["deepspeed.zero=0"], str(start), str(tmp_path / "zero0"))
+    before, theirs = tensors(start), tensors(straight / "model")
+    for zero in range(4):
+        for stage in ("1-align", "2-distill", "3-lm"):
+            ours, want = records(tmp_path / f"zero{zero}", stage), records(straight, stage)
+            assert [r["loss"] for r in ours] == pytest.approx([r["loss"] for r in want], rel=1e-5)
+            assert [r["grad_norm"] for r in ours] == pytest.approx([r["grad_norm"] for r in want], rel=1e-3)
+        for name, tensor in tensors(tmp_path / f"zero{zero}" / "model").items():
+            # Adam turns the rounding of a gradient near 0 into a whole step: compare by norm, not one by one
+            assert (tensor - theirs[name]).norm() < 0.02 * (theirs[name] - before[name]).norm(), (zero, name)
+
+
+def test_accumulation_does_not_change_the_losses(straight, start, config, tmp_path):
+    words = [f"stages.{i}.micro_batch=4" for i in range(3)]
+    finetune.finetune(str(config), words, str(start), str(tmp_path / "run"))
+    for stage in ("1-align", "2-distill", "3-lm"):
+        ours = [r["loss"] for r in records(tmp_path / "run", stage)]
+        assert ours == pytest.approx([r["loss"] for r in records(straight, stage)], rel=1e-5)
+
+
+def test_bfloat16_follows_float32_and_keeps_the_clock_fine(straight, start, config, tmp_path):
+    words = [f"stages.{i}.dtype=bfloat16" for i in range(3)]
+    finetune.finetune(str(config), words, str(start), str(tmp_path / "run"))
+    for stage in ("1-align", "2-distill", "3-lm"):
+        ours = [r["loss"] for r in records(tmp_path / "run", stage)]
+        assert ours == pytest.approx([r["loss"] for r in records(straight, stage)], rel=2e-2)
+    write = tensors(tmp_path / "run" / "model")["model.layers.0.self_attn.write"]
+    assert write.dtype == torch.float32
+    assert not torch.equal(write, write.bfloat16().float()), "bfloat16 has rounded the clock's biases"
+
+
+@pytest.mark.parametrize("zero, dtype", [(0, "float32"), (1, "float32"), (1, "bfloat16")])
+def test_a_loss_that_is_not_finite_skips_the_step_and_then_stops(config, start, tmp_path, monkeypatch, zero, dtype):
+    plain, calls = STAGES["lm"].loss, []
+
+    def spoilt(self, student, teacher, batch):
+        loss, metrics = plain(self, student, teacher, batch)
+        calls.append(1)
+        return (loss * float("nan") if 2 < len(calls) <= 2 + 2 * spoilt_steps else loss), metrics
+
+    monkeypatch.setattr(STAGES["lm"], "loss", spoilt)
+    words = [only("lm")(config), f"deepspeed.zero={zero}", f"stages.0.dtype={dtype}", "stages.0.tokens=768"]
+    spoilt_steps = 2
+    finetune.finetune(str(config), words, str(start), str(tmp_path / "two"))
+    lines = records(tmp_path / "two", "1-lm")
+    assert [line.get("skipped", False) for line in lines] == [False, True, True, False, False, False]
+    assert lines[1]["loss"] is None and lines[5]["loss"] < lines[0]["loss"]
+    assert all(torch.isfinite(x).all() for x in tensors(tmp_path / "two" / "model").values())
+    calls.clear()
+    spoilt_steps = 6
+    with pytest.raises(UserError, match="not finite in 5 steps in a row, the last is step 6"):
+        finetune.finetune(str(config), words, str(start), str(tmp_path / "six"))
+    assert not (tmp_path / "six" / "model").exists()
+
+
+def test_what_cannot_be_trained_is_refused_before_anything_is_written(config, start, tiny_llama, tmp_path, monkeypatch):
+    def refuses(message, *words, model=start, out="new"):
+        with pytest.raises(UserError, match=message):
+            finetune.finetune(str(config), words, str(model), str(tmp_path / out))
+        assert not (tmp_path / "new").exists()
+
+    refuses("stages.0.batch_tokens is 100, no multiple", "stages.0.batch_tokens=100")
+    refuses("no data at /none.jsonl", "data.train=[/none.jsonl]")
+    refuses("no text under 'txt'.*nearest valid: data.field=text", "data.field=txt")
+    refuses("a llama model is not converted yet", model=tiny_llama)
+    refuses("no such folder or file: /none", model="/none")
+    refuses("there are no stages to train", "stages=[]")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    refuses("exists and holds no run; nearest valid: --out .*full-2", out="full")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "deepspeed", None)
+        refuses("training needs DeepSpeed; try: `DS_BUILD_OPS=0 pip install deepspeed`")
+    if not torch.cuda.is_available():
+        refuses("device is cuda, but torch sees no GPU", "device=cuda")
+    LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(tmp_path / "other")
+    refuses("does not come from .*other: vocab_size is 259, not 96", f"source={tmp_path}/other")
+    long = ["stages.0.validation_tokens=0", "stages.0.context=100000", "stages.0.batch_tokens=200000"]
+    refuses("less than one row of 100000.*nearest valid: context=", *long, out="rows")
+    refuses("deepspeed.zero=0 has no float32 weights", "deepspeed.zero=0", "stages.0.dtype=bfloat16", out="zero")
+
+
+def test_a_run_folder_is_for_one_configuration_and_a_checkpoint_for_one_model(config, start, straight, tmp_path):
+    with pytest.raises(UserError, match="holds a run of another configuration.*nearest valid: --out"):
+        finetune.finetune(str(config), ["seed=1"], str(start), str(straight))
+    out, other = tmp_path / "run", tmp_path / "other"
+    words = [only("align")(config)]
+    finetune.finetune(str(config), words, str(start), str(out))
+    (out / "model").unlink()
+    (out / "1-align" / "step-000004").rename(out / "1-align" / "step-000003")
+    convert(str(load(config, RunConfig).source), str(other), slots=8, sinks=2, verify=False)
+    with pytest.raises(UserError, match="the checkpoint is of another model"):
+        finetune.finetune(str(config), words, str(other), str(out))
