@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from t2r import cli
 from t2r.convert import convert
 from t2r.errors import UserError
 from t2r.evaluate import compare
@@ -415,6 +416,18 @@ def test_a_comparison(folders, tmp_path, recipe, capsys):
     assert [path.name for path in out.parent.iterdir()] == ["report"]
 
 
+def test_the_command_line(folders, tmp_path, recipe, capsys):
+    path, out = recipe(tasks=[{"kind": "last_word", "items": 1}]), tmp_path / "report"
+    words = ["compare", f"a={folders / 'llama'}", str(folders / "gsa"), "--recipe", path, "--out", str(out)]
+    assert cli.main([*words, "--limit", "1", "--device", "cpu", "--dtype", "bfloat16"]) == 0
+    report = json.loads((out / "report.json").read_text())
+    assert (list(report["models"]), report["dtype"]) == (["a", "gsa"], "bfloat16")
+    capsys.readouterr()
+    assert cli.main(words) == 2
+    printed, error = capsys.readouterr()
+    assert printed == "" and error.startswith(f"t2r: {out} already exists") and error.count("\n") == 1
+
+
 def test_ablation_off(folders, tmp_path, recipe):
     trained = tmp_path / "trained"
     model = AutoModelForCausalLM.from_pretrained(folders / "gsa")
@@ -451,6 +464,9 @@ def test_limit(folders, tmp_path, recipe):
         ({"tasks": [{"kind": "perplexity", "field": "txt"}]}, "no field 'txt'.*nearest valid: text"),
         ({"tasks": [{"kind": "perplexity", "block": 10**6}]}, "no document of 1000000 tokens"),
         ({"tasks": [{"kind": "perplexity", "edges": [8, 4]}]}, r"edges \[8, 4\] do not rise"),
+        ({"tasks": [{"kind": "perplexity", "totals": [1]}]}, "token 0 has nothing before it"),
+        ({"tasks": [{"kind": "memory", "name": "../m"}]}, "tasks.0.name '../m' does not fit a file name"),
+        ({"tasks": [{"kind": "last_word", "items": 0}]}, "tasks.0.items is 0, it must be positive"),
         ({"tasks": [{"kind": "multiple_choice", "format": "pica"}]}, "unknown format 'pica'.*nearest valid: piqa"),
         ({"tasks": [{"kind": "recall", "every": 8, "distances": [16]}]}, "a fact takes .* tokens, more than every = 8"),
         ({"tasks": [{"kind": "recall", "items": 500}]}, "500 facts and 16 after the last, but there are"),

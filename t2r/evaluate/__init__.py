@@ -28,7 +28,7 @@ def compare(
     from t2r.evaluate.models import common_tokenizer, open_models, pick_device, pick_dtype
     from t2r.evaluate.plots import require_matplotlib
     from t2r.evaluate.recipe import load_recipe
-    from t2r.evaluate.report import check_absent, new_folder, summary, write
+    from t2r.evaluate.report import check_absent, named_fault, new_folder, summary, write
     from t2r.evaluate.run import evaluate
 
     if len(models) < 2:
@@ -43,7 +43,8 @@ def compare(
     items = chosen.prepare(common_tokenizer(entries), on)
     with new_folder(folder) as aside:
         results = evaluate(entries, chosen, items, on, *pick_dtype(entries, dtype))
-        write(results, aside)
+        with named_fault(folder):
+            write(results, aside)
     print(summary(results))
     print(f"\nwrote {folder / 'report.md'}")
     return results.to_dict()

@@ -76,6 +76,8 @@ class Perplexity(Task):
             bounds = getattr(self, key)
             if bounds != sorted(set(bounds)) or not all(0 <= bound <= self.block for bound in bounds):
                 raise UserError(f"{key} {bounds} do not rise from 0 to block = {self.block}", where=where)
+        if any(bound < 2 for bound in self.edges[1:] + self.totals):
+            raise UserError("token 0 has nothing before it to be predicted from", where=where, nearest="a bound of 2")
         path, blocks = locate(self.data, folder), []
         for row in rows(path):
             ids = tokenizer.encode(take(row, self.field, path))

@@ -71,5 +71,5 @@ def plot(results, task: Task, folder: Path) -> str:
 
 
 def tokens(x: float) -> str:
-    """A position or length in tokens: 96, 1.5K, 128K."""
-    return f"{x / 1024:g}K" if x >= 1024 else f"{x:g}"
+    """A position or length in tokens: 96, 1.5K, 128K, 3,000."""
+    return f"{x / 1024:g}K" if x >= 1024 and x % 512 == 0 else f"{x:,g}"

@@ -1,5 +1,6 @@
 """Recipes: a YAML file of tasks, each one kind with its options."""
 
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,10 @@ def load_recipe(name_or_path: str | Path, limit: int | None = None) -> Recipe:
         task.name = task.name or kind
         if task.name in [other.name for other in recipe.tasks]:
             raise UserError(f"tasks.{i}: a second task is named {task.name!r}", where=path, nearest=f"{task.name}-2")
+        if not re.fullmatch(r"[\w.-]+", task.name):
+            raise UserError(f"tasks.{i}.name {task.name!r} does not fit a file name", where=path, nearest=kind)
+        if task.items is not None and task.items < 1:
+            raise UserError(f"tasks.{i}.items is {task.items}, it must be positive", where=path, nearest=1)
         if limit is not None:
             task.items = min(limit, task.items or limit)
         recipe.tasks.append(task)

@@ -89,17 +89,26 @@ def check_absent(out: Path) -> None:
 
 
 @contextmanager
+def named_fault(out: Path) -> Iterator[None]:
+    """A full disk or a missing permission as a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write there: {error.strerror}", where=out) from error
+
+
+@contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """A folder to fill, which is renamed to `out` at the end, or removed when anything goes wrong."""
     aside = out.with_name(f".{out.name}.partial-{secrets.token_hex(2)}")
     made = [parent for parent in out.absolute().parents if not parent.exists()]
     try:
-        aside.mkdir(parents=True)
+        with named_fault(out):
+            aside.mkdir(parents=True)
         yield aside
         check_absent(out)
-        os.rename(aside, out)
-    except OSError as error:
-        raise UserError(f"cannot write there: {error.strerror}", where=out) from error
+        with named_fault(out):
+            os.rename(aside, out)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
         for parent in made:
@@ -147,8 +156,7 @@ def markdown(results: Results, images: dict[str, str]) -> str:
             ],
         ),
     ]
-    if facts["notes"]:
-        parts += facts["notes"]
+    parts += facts["notes"]
     for task in results.tasks:
         outcomes, coverage = results.outcomes[task.name], facts["coverage"][task.name]
         coverage = f" Here: {coverage}." if coverage else ""

@@ -6,6 +6,7 @@ import time
 from datetime import UTC, datetime
 
 import torch
+from tqdm import tqdm
 
 from t2r.evaluate.models import Entry, load, window_only
 from t2r.evaluate.recipe import Recipe
@@ -51,12 +52,13 @@ def evaluate_one(results: Results, label: str, spec: str, what: str, model, item
     """One column. A window ablation skips the tasks that do not depend on the weights' values."""
     counter = TokenCounter(model)
     began = time.perf_counter()
-    for task in results.tasks:
-        if what == "window ablation" and not task.quality:
-            continue
+    on_terminal = sys.stderr.isatty()
+    tasks = [task for task in results.tasks if task.quality or what != "window ablation"]
+    for task in tqdm(tasks, label, disable=not on_terminal):
         start = time.perf_counter()
         results.outcomes[task.name][label] = task.run(model, items[task.name])
-        print(f"{label}: {task.name} {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
+        if not on_terminal:
+            print(f"{label}: {task.name} {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
     results.models[label] = {
         "spec": spec,
         "what": what,
