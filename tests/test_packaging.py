@@ -17,7 +17,7 @@ from t2r.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
 LINKED = ("kernels", "configs", "recipes")
-DATA = {".py", ".yaml", ".json", ".md"}
+DATA = {".py", ".yaml", ".json", ".md", ".gz"}
 
 
 def python(code: str) -> str:
