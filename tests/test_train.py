@@ -393,6 +393,16 @@ def test_bfloat16_follows_float32_and_keeps_the_clock_fine(straight, start, conf
     assert not torch.equal(write, write.bfloat16().float()), "bfloat16 has rounded the clock's biases"
 
 
+def test_a_bfloat16_teacher_keeps_its_rotary_frequencies(tiny_llama):
+    cast, plain = (
+        finetune.load_teacher(str(tiny_llama), torch.device("cpu"), d) for d in (torch.bfloat16, torch.float32)
+    )
+    assert {p.dtype for p in cast.parameters()} == {torch.bfloat16}
+    assert not any(p.requires_grad for p in cast.parameters())
+    buffers = dict(plain.named_buffers())
+    assert buffers and all(torch.equal(buffer, buffers[name]) for name, buffer in cast.named_buffers())
+
+
 @pytest.mark.parametrize("zero, dtype", [(0, "float32"), (1, "float32"), (1, "bfloat16")])
 def test_a_loss_that_is_not_finite_skips_the_step_and_then_stops(config, start, tmp_path, monkeypatch, zero, dtype):
     plain, calls = STAGES["lm"].loss, []

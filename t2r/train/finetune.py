@@ -134,9 +134,12 @@ def run_stages(settings: RunConfig, folder: Path, start: Path) -> Path:
     return start
 
 
-def load_teacher(source: str, device, dtype):
-    """The source itself, frozen."""
-    return load_source(open_source(source)).to(device, dtype).requires_grad_(False)
+def load_teacher(source: str, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+    """The source itself, frozen. Its weights are cast, its buffers are not: rotary frequencies need float32."""
+    teacher = load_source(open_source(source)).requires_grad_(False)
+    for parameter in teacher.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return teacher.to(device)
 
 
 def check_split(stage: StageConfig, world: int, i: int) -> None:
