@@ -166,6 +166,9 @@ def train(
     newest = newest_checkpoint(out)
     if newest and step_of(newest) >= stage.steps:
         return newest
+    if rank == 0:
+        for unfinished in out.glob(".step-*"):  # what a killed run was writing
+            shutil.rmtree(unfinished)
     source = open_source(student_folder)
     dtype = compute_dtype(stage, device.type)
     student = AutoModelForCausalLM.from_pretrained(student_folder, dtype=torch.float32, local_files_only=True).train()
@@ -174,9 +177,6 @@ def train(
     train_offsets(student)
     groups = parameter_groups(student, stage)
     zero = config.deepspeed.zero
-    if dtype == torch.bfloat16 and not zero:
-        what = "deepspeed.zero=0 has no float32 weights to train beside bfloat16 ones"
-        raise UserError(what, nearest="deepspeed.zero=1 or dtype: float32")
     engine, *_ = require_deepspeed(device.type).initialize(
         model=Step(STAGES[stage.kind](stage), student, teacher),
         optimizer=make_optimizer(groups, stage, zero, device),
@@ -211,6 +211,8 @@ def train(
             evaluate(engine, validation, stage, device, log, step + 1)
         if last or (stage.save_every and (step + 1) % stage.save_every == 0):
             save(engine, source, out, step + 1, stage.keep, rank)
+            if log:
+                log.time = time.perf_counter()
     if log:
         log.close()
     engine.destroy()

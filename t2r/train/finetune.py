@@ -57,6 +57,10 @@ def resolve_run(config: str, overrides: Sequence[str]) -> RunConfig:
             if source.path is not None:
                 next(source.documents(settings.data.field), None)
         require_deepspeed(settings.device)
+    for i, stage in enumerate(settings.stages):
+        if compute_dtype(stage, settings.device) == torch.bfloat16 and not settings.deepspeed.zero:
+            what = f"deepspeed.zero is 0, which keeps no float32 weights beside the bfloat16 ones of stages.{i}"
+            raise UserError(what, nearest="deepspeed.zero=1")
     return replace(settings, variants={})
 
 

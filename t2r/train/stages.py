@@ -5,6 +5,7 @@ this forward's part of the mean over the optimizer step (Batch.share), metrics a
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ class Align(Stage):
         for mixer, (inputs, rotary, target) in zip(mixers(student), lessons, strict=True):
             run = lambda mixer, x, rotary: mixer(x, position_embeddings=rotary, gsa_context=context)[0]  # noqa: E731
             if self.config.activation_checkpointing and torch.is_grad_enabled():
-                output = checkpoint(run, mixer, inputs, rotary, use_reentrant=False)
+                output = recomputed(run, mixer, inputs, rotary)
             else:
                 output = run(mixer, inputs, rotary)
             target = target.float()
@@ -145,9 +146,14 @@ def sums(
     tokens = hidden.flatten(0, 1).split(chunk)
     targets = labels.flatten().split(chunk)
     theirs = [None] * len(tokens) if teacher_hidden is None else teacher_hidden.flatten(0, 1).split(chunk)
-    parts = [checkpoint(part, *args, use_reentrant=False) for args in zip(tokens, targets, theirs, strict=True)]
+    parts = [recomputed(part, *args) for args in zip(tokens, targets, theirs, strict=True)]
     kl, ce = zip(*parts, strict=True)
     return torch.stack(kl).sum(), torch.stack(ce).sum()
+
+
+def recomputed(function: Callable, *args):
+    """function(*args), computed again in the backward pass. It draws no random numbers, so none are kept."""
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 def group_of(name: str) -> str:
