@@ -25,7 +25,22 @@ class Family:
         return f"gsa_{self.model_type}"
 
 
-FAMILIES = {family.model_type: family for family in (Family("llama"),)}
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        Family("granite"),
+        Family("llama"),
+        Family("mistral"),
+        Family("olmo2"),
+        Family("qwen2"),
+        Family("qwen3"),
+    )
+}
+
+
+def head_dim(config) -> int:
+    """Channels of an attention head, which some configs leave to be worked out."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def family_of(model_type: str, where: str | None = None) -> Family:

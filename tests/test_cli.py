@@ -37,7 +37,7 @@ def verb(monkeypatch):
     "line, answer",
     [
         ("convrt a b", "unknown command 'convrt'; nearest valid: convert; try: `t2r --help`"),
-        ("zzz", "unknown command 'zzz'; nearest valid: convert, verify, generate, env; try: `t2r --help`"),
+        ("zzz", f"unknown command 'zzz'; nearest valid: {', '.join(cli.VERBS)}; try: `t2r --help`"),
         ("--versoin", "unknown option '--versoin'; nearest valid: --version; try: `t2r --help`"),
         ("--versoin env", "unknown option '--versoin'; nearest valid: --version; try: `t2r --help`"),
         ("convert a b --slotz 3", "unknown option '--slotz'; nearest valid: --slots; try: `t2r convert --help`"),
@@ -72,6 +72,7 @@ def test_the_arguments_of_a_verb_fit_its_target(name):
         "convert": ["src", "out"],
         "verify": ["out", "--source", "src"],
         "generate": ["model", "prompt"],
+        "compare": ["original", "converted"],
         "finetune": ["--config", "x", "a=1", "--out", "out"],
         "run": ["x", "a=1"],
         "ls": [],

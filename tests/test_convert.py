@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from t2r.cli import main
 from t2r.convert import convert, writer
@@ -171,8 +171,7 @@ def test_dry_run_writes_nothing(tiny_llama, tmp_path, capsys):
 
 def unknown_architecture(source):
     shutil.rmtree(source)
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    Qwen2ForCausalLM(Qwen2Config(vocab_size=50, num_key_value_heads=2, **sizes)).save_pretrained(source)
+    GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=32, n_layer=1, n_head=2)).save_pretrained(source)
 
 
 def change_config(**values):
@@ -195,7 +194,7 @@ def nan(tensor):
 BAD_SOURCES = {
     "a missing shard": (lambda s: next(s.glob("*00002*")).unlink(), "is missing"),
     "a truncated shard": (lambda s: next(s.glob("*00002*")).write_bytes(b"\x10\0\0\0\0\0\0\0{}"), "truncated"),
-    "another architecture": (unknown_architecture, "cannot convert architecture 'qwen2'"),
+    "another architecture": (unknown_architecture, "cannot convert architecture 'gpt2'"),
     "no tokenizer": (lambda s: [f.unlink() for f in s.glob("tokenizer*")], "no tokenizer"),
     "NaN": (in_tensor("model.norm.weight", nan), "model.norm.weight holds NaN"),
     "a wrong size": (change_config(intermediate_size=32), "model.layers.0.mlp.down_proj.weight has shape [48, 64]"),

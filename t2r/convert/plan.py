@@ -7,7 +7,7 @@ import torch
 
 from t2r.convert.source import Source
 from t2r.errors import UserError
-from t2r.families import family_of
+from t2r.families import family_of, head_dim
 from t2r.modeling.configuration import CONFIG_CLASSES, GSAConfig, preset
 
 Status = Literal["copied", "transformed", "new", "tied", "ignored"]
@@ -65,15 +65,13 @@ class Plan:
     @property
     def state_bytes(self) -> int:
         """Memory of one sequence, however long."""
-        c = self.config
-        per_layer = 4 * c.num_key_value_heads * self.gsa.slots * (2 * c.head_dim + 1) + 8
-        return c.num_hidden_layers * per_layer
+        return self.gsa.state_bytes(self.config)
 
     @property
     def cache_bytes_per_token(self) -> int:
         """What the source's key-value cache grows by with each token, in the dtype to write."""
         c = self.config
-        return c.num_hidden_layers * 2 * c.num_key_value_heads * c.head_dim * c.dtype.itemsize
+        return c.num_hidden_layers * 2 * c.num_key_value_heads * head_dim(c) * c.dtype.itemsize
 
     def __str__(self) -> str:
         total, new = self.parameters()
@@ -123,7 +121,7 @@ def make_plan(source: Source, preset_name: str, slots: int | None, sinks: int | 
     family = family_of(source.config.model_type, where=source.path)
     gsa = preset(preset_name, slots, sinks)
     if gsa.sinks and gsa.rope:
-        # Well inside the trained rotary range: on SmolLM2 anything up to a quarter of it holds at 32K tokens, while half
+        # Well inside the trained rotary range: on SmolLM2 anything up to a quarter of it holds at 32K tokens, and half
         # of it costs 7 % of perplexity (docs/results/far_sinks.json).
         gsa = replace(gsa, sink_distance=max(gsa.slots, source.config.max_position_embeddings // 8))
     to_dtype = getattr(torch, dtype) if dtype else None

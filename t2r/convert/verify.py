@@ -208,8 +208,8 @@ def reading_checks(model, ids: Tensor) -> list[Check]:
 
 
 def exact_start_checks(student, teacher, ids: Tensor, logits: Tensor, gsa: GSAConfig) -> list[Check]:
-    """With the clock alone at the gates and sinks at their true distance: the source on the first M tokens, its windowed
-    attention with sinks beyond."""
+    """With the clock alone at the gates and sinks at their true distance: the source on the first M tokens, and beyond
+    them its windowed attention with sinks."""
     from t2r.modeling.attention import GSAttention
 
     for module in student.modules():

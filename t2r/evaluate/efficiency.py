@@ -12,6 +12,8 @@ from torch import Tensor
 from t2r.errors import UserError
 from t2r.evaluate.statistics import Metric
 from t2r.evaluate.task import Outcome, Plot, Task
+from t2r.families import head_dim
+from t2r.modeling import GSAConfig
 
 
 def cache_bytes(cache) -> int:
@@ -28,17 +30,14 @@ def state_bytes(config, length: int, itemsize: int) -> int:
 
     itemsize: bytes of a number in the KV cache; the state of a GSA layer is float32 whatever the model's dtype.
     """
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    layers = config.num_hidden_layers
     if getattr(config, "gsa", None):
-        slots = config.gsa["slots"]
-        return layers * (heads * slots * (2 * head_dim + 1) * 4 + 8)  # keys, values, occupancy; the position
+        return GSAConfig.of(config).state_bytes(config)
+    heads, layers = config.num_key_value_heads, config.num_hidden_layers
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * layers
     # a sliding layer keeps the window without the token that is being read
     kept = [min(length, window - 1) if kind == "sliding_attention" and window else length for kind in kinds]
-    return sum(2 * heads * head_dim * itemsize * tokens for tokens in kept)
+    return sum(2 * heads * head_dim(config) * itemsize * tokens for tokens in kept)
 
 
 @dataclass

@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from t2r.errors import UserError, nearest
-from t2r.families import FAMILIES, Family
+from t2r.families import FAMILIES, Family, head_dim
 from t2r.kernels.gsa import GSASpec
 
 
@@ -49,6 +49,11 @@ class GSAConfig:
             if name not in known:
                 raise UserError(f"unknown GSA setting {name!r}", where="config.json: gsa", nearest=nearest(name, known))
         return cls(**config.gsa)
+
+    def state_bytes(self, config: PreTrainedConfig) -> int:
+        """Memory of one sequence, however long: float32 keys, values and occupancy of each slot, and the position."""
+        per_layer = 4 * config.num_key_value_heads * self.slots * (2 * head_dim(config) + 1) + 8
+        return config.num_hidden_layers * per_layer
 
     def to_dict(self) -> dict:
         return asdict(self)
