@@ -1,6 +1,6 @@
 """The zero-token starts on WikiText-2: teacher, the teacher's windowed attention, exact and paper starts.
 
-    python docs/results/start_quality.py TEACHER WIKI.npy OUT.json NAME=MODEL ...      (WIKI.npy: int32 token ids)
+python docs/results/start_quality.py TEACHER WIKI.npy OUT.json NAME=MODEL ...      (WIKI.npy: int32 token ids)
 """
 
 import json
@@ -21,14 +21,18 @@ from t2r.modeling import GSAConfig
 
 @torch.inference_mode()
 def perplexity(model, ids: torch.Tensor, block: int, mask: torch.Tensor | None = None) -> dict:
-    """Over all whole blocks: every token but a block's first is predicted. Error: of the mean over blocks, as a factor."""
+    """Over all whole blocks: every token but a block's first is predicted. stderr_log: of the mean over blocks."""
     blocks = ids[: len(ids) // block * block].view(-1, block)
     rows = []
     for batch in blocks.split(8 * 1024 // block):
         logits = model(batch, attention_mask=mask, use_cache=False).logits
         rows.append(losses(logits[:, :-1], batch[:, 1:]).double().mean(-1))
     rows = torch.cat(rows)
-    return {"ppl": rows.mean().exp().item(), "stderr_log": (rows.std() / math.sqrt(len(rows))).item(), "blocks": len(rows)}
+    return {
+        "ppl": rows.mean().exp().item(),
+        "stderr_log": (rows.std() / math.sqrt(len(rows))).item(),
+        "blocks": len(rows),
+    }
 
 
 def main(teacher_spec: str, wiki: str, out: str, *models: str) -> None:
