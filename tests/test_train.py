@@ -11,12 +11,14 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from t2r.config import LearningRates, LossConfig, RunConfig, StageConfig, load
 from t2r.convert import convert
 from t2r.convert.source import open_source
 from t2r.data.packing import UNLABELLED, Batch
 from t2r.errors import UserError
+from t2r.families import FAMILIES
 from t2r.modeling.attention import GSAttention
 from t2r.modeling.configuration import CONFIG_CLASSES, GSAConfig, preset
 from t2r.train import engine, finetune
@@ -141,6 +143,38 @@ def test_our_mask_is_what_transformers_builds_from_positions():
     teacher, batch = teacher_model(), batch_of(PACKED)
     theirs = teacher.model(batch.input_ids, position_ids=batch.position_ids, use_cache=False).last_hidden_state
     assert torch.allclose(hidden_states(teacher, batch), theirs, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_trains_from_an_exact_start(name):
+    """Documents that fit the slots: the student is its teacher, in all three losses, each read as the model's own."""
+    sizes = SIZES | ({"logits_scaling": 3.0, "residual_multiplier": 0.5} if name == "granite" else {})
+    torch.manual_seed(0)
+    teacher = AutoModelForCausalLM.from_config(CONFIG_MAPPING[name](**sizes)).eval()
+    gsa = preset("exact", slots=16, sinks=3).to_dict()
+    student = AutoModelForCausalLM.from_config(CONFIG_CLASSES[name](**sizes, gsa=gsa))
+    student.load_state_dict(teacher.state_dict(), strict=False)
+    batch = batch_of([[10, 6, 14], [16, 14]])
+    losses = {kind: STAGES[kind](replace(STAGE, kind=kind)).loss(student, teacher, batch) for kind in STAGES}
+    assert losses["align"][0].item() < 1e-8 and losses["distill"][1]["kl"].item() < 1e-8
+    want = 0.0
+    for document in alone(batch):
+        logits = teacher(document.input_ids).logits[0]
+        want += cross_entropy(logits, document.labels[0], ignore_index=UNLABELLED, reduction="sum").item()
+    assert losses["lm"][0].item() == pytest.approx(want / batch.share.item(), rel=1e-5)
+    losses["align"][0].backward()
+    assert student.model.layers[1].self_attn.f_proj.weight.grad is not None
+
+
+def test_a_teacher_with_a_window_keeps_it_when_packed():
+    config = CONFIG_MAPPING["mistral"](**SIZES, sliding_window=8)
+    torch.manual_seed(0)
+    teacher, batch = AutoModelForCausalLM.from_config(config).eval(), batch_of(PACKED)
+    packed = hidden_states(teacher, batch).flatten(0, 1)
+    documents = torch.cat([teacher.model(document.input_ids).last_hidden_state[0] for document in alone(batch)])
+    assert torch.allclose(packed, documents, atol=1e-5)
+    teacher.config.sliding_window = None
+    assert not torch.allclose(packed, hidden_states(teacher, batch).flatten(0, 1), atol=1e-2)
 
 
 def test_align_trains_mixers_only_and_the_teacher_not_at_all():

@@ -19,6 +19,7 @@ from t2r.modeling.attention import GSAttention
 
 GATES = ("f_proj", "write", "keep")
 Loss = tuple[Tensor, dict[str, Tensor]]
+Head = Callable[[Tensor], Tensor]
 
 
 def mixers(model) -> list[nn.Module]:
@@ -88,7 +89,7 @@ class Distill(Stage):
             theirs = hidden_states(teacher, batch)
         ours = hidden_states(student, batch)
         c = self.config.loss
-        kl, ce = sums(student.lm_head, ours, batch.labels, c.chunk, teacher.lm_head, theirs, c.temperature)
+        kl, ce = sums(head(student), ours, batch.labels, c.chunk, head(teacher), theirs, c.temperature)
         kl, ce = kl / batch.labels.numel(), ce / batch.share
         return c.kl * kl + (1 - c.kl) * ce, {"kl": kl.detach(), "ce": ce.detach()}
 
@@ -99,7 +100,7 @@ class LM(Stage):
     needs_teacher = False
 
     def loss(self, student, teacher, batch: Batch) -> Loss:
-        _, ce = sums(student.lm_head, hidden_states(student, batch), batch.labels, self.config.loss.chunk)
+        _, ce = sums(head(student), hidden_states(student, batch), batch.labels, self.config.loss.chunk)
         ce = ce / batch.share
         return ce, {"ce": ce.detach()}
 
@@ -109,20 +110,29 @@ STAGES = {"align": Align, "distill": Distill, "lm": LM}
 
 def hidden_states(model, batch: Batch) -> Tensor:
     """Output [B,T,W] of a causal LM before its head; documents do not see each other, in either kind of model."""
+    window = getattr(model.config, "sliding_window", None)
     if isinstance(mixers(model)[0], GSAttention):
         packing = {"cu_seq_lens_q": batch.cu_seqlens}
+    elif window and window < batch.input_ids.shape[1]:
+        packing = {}  # transformers builds the masks from the positions, at the price of one host read
     else:
         packing = {"attention_mask": batch.attention_mask()}
     output = model.model(batch.input_ids, position_ids=batch.position_ids, use_cache=False, **packing)
     return output.last_hidden_state
 
 
+def head(model) -> Head:
+    """Hidden states -> logits, as the causal LM itself does it."""
+    scaling = getattr(model.config, "logits_scaling", 1.0)  # granite's
+    return lambda hidden: model.lm_head(hidden) / scaling
+
+
 def sums(
-    head: nn.Module,
+    head: Head,
     hidden: Tensor,
     labels: Tensor,
     chunk: int,
-    teacher_head: nn.Module | None = None,
+    teacher_head: Head | None = None,
     teacher_hidden: Tensor | None = None,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
