@@ -89,8 +89,11 @@ def test_chunked_equals_recurrence(spec, T, G, M, dtype):
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 @pytest.mark.parametrize("bounds", [[0, 150], [0, 1, 1, 64, 150], [0, 15, 79, 143, 150]], ids=str)
-def test_packed_documents(spec, bounds):
-    """Packed in one row = recurrence per document = each document alone, states and gradients included."""
+@pytest.mark.parametrize("in_flight", [64, 2048])
+def test_packed_documents(spec, bounds, in_flight, monkeypatch):
+    """Packed in one row = recurrence per document = each document alone, states and gradients included; in one lane,
+    and in several that are read segment by segment."""
+    monkeypatch.setattr("t2r.kernels.gsa.chunked.SEGMENT", in_flight)
     cu_seqlens, N = torch.tensor(bounds), len(bounds) - 1
     args, state = draw(spec, B=1, T=150, H=2, G=3, D=8, M=16, documents=N)
     packed = results(args, state, spec, "torch", cu_seqlens=cu_seqlens)

@@ -116,15 +116,15 @@ def segment(
     forget: Tensor,
     write: Tensor,
     q_sink: Tensor | None,
-    starts: list[int | None],
+    starts: Tensor | None,
     spec: GSASpec,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Some whole chunks of a row. carry [B,H,M,F]: memory before them; initial [N,H,M,F]; starts: for each chunk the
-    document that begins with it, or None. Other shapes as `chunked`.
+    """Some whole chunks of all rows. carry [B,H,M,F]: memory before them; initial [N,H,M,F]; starts [B,n] on the CPU:
+    the document that begins with a chunk, or -1; None if none does. Other shapes as `chunked`.
 
     Returns o [B,T,H,G,E] and the memory after each chunk [B,n,H,M,F].
-    """  # fmt: skip
+    """
     q, k, v, forget, write, q_sink = (
         None if x is None else x.unflatten(1, (-1, CHUNK)).transpose(2, 3) for x in (q, k, v, forget, write, q_sink)
     )
@@ -133,9 +133,12 @@ def segment(
     gained = (decay.suffix * write).mT @ written
     kept = decay.prefix[..., -1, :, None]
     before, after = [], []
-    for n, document in enumerate(starts):
-        before.append(carry if document is None else initial[document : document + 1])
-        carry = kept[:, n] * before[-1] + gained[:, n]
+    for n in range(kept.shape[1]):
+        if starts is not None and (starts[:, n] >= 0).any():
+            document = starts[:, n].to(carry.device)
+            carry = torch.where(document[:, None, None, None] >= 0, initial[document.clamp(min=0)], carry)
+        before.append(carry)
+        carry = kept[:, n] * carry + gained[:, n]
         after.append(carry)
     K0, V0, z0 = torch.stack(before, dim=1).split([k.shape[-1], v.shape[-1], 1], dim=-1)
 
@@ -169,20 +172,25 @@ def chunked(
     """  # fmt: skip
     T, D, E = q.shape[1], k.shape[-1], v.shape[-1]
     tensors = (q, k, v, forget, write, q_sink)
+    initial = torch.cat([state.keys, state.values, state.occupancy[..., None]], dim=-1)
     if cu_seqlens is None:
-        place, ends = None, [-(-T // CHUNK) - 1]
-        starts = [None] * (ends[0] + 1)
+        place, starts, carry = None, None, initial
         tensors = [None if x is None else pad(x, (0, 0) * (x.dim() - 2) + (0, -T % CHUNK)) for x in tensors]
     else:
-        place, starts, ends = chunk_layout(cu_seqlens)
-        length = len(starts) * CHUNK
-        tensors = [None if x is None else x.new_zeros(1, length, *x.shape[2:]).index_copy(1, place, x) for x in tensors]
-    initial = torch.cat([state.keys, state.values, state.occupancy[..., None]], dim=-1)
-    carry, outputs, memories = initial[: q.shape[0]], [], []
+        place, starts, ends = deal_documents(cu_seqlens)
+        lanes, length = starts.shape[0], starts.shape[1] * CHUNK
+        carry = torch.zeros_like(initial[:1]).expand(lanes, -1, -1, -1)
+        tensors = [
+            None
+            if x is None
+            else x.new_zeros(lanes * length, *x.shape[2:]).index_copy(0, place, x[0]).unflatten(0, (lanes, length))
+            for x in tensors
+        ]
+    outputs, memories = [], []
     per_segment = SEGMENT // CHUNK
-    for c in range(0, len(starts), per_segment):
+    for c in range(0, tensors[0].shape[1] // CHUNK, per_segment):
         part = [None if x is None else x[:, c * CHUNK : (c + per_segment) * CHUNK] for x in tensors]
-        args = (carry, initial, *part, starts[c : c + per_segment], spec, scale)
+        args = (carry, initial, *part, None if starts is None else starts[:, c : c + per_segment], spec, scale)
         o, after = checkpoint(segment, *args, use_reentrant=False) if torch.is_grad_enabled() else segment(*args)
         carry = after[:, -1]
         outputs.append(o)
@@ -191,22 +199,40 @@ def chunked(
     if place is None:
         o, final = o[:, :T], carry
     else:
+        o = o.flatten(0, 1)[place][None]
         # a document of no tokens ends as it began
-        after = torch.cat(memories, dim=1)[0]
-        final = torch.stack([initial[n] if end is None else after[end] for n, end in enumerate(ends)])
-        o = o[:, place]
+        after = torch.cat(memories, dim=1).flatten(0, 1)
+        final = torch.where(ends[:, None, None, None] >= 0, after[ends.clamp(min=0)], initial)
     K, V, z = final.split([D, E, 1], dim=-1)
     return o * (positions >= 0)[:, :, None, None, None], SlotState(K, V, z[..., 0], state.position)
 
 
-def chunk_layout(cu_seqlens: Tensor) -> tuple[Tensor, list[int | None], list[int | None]]:
-    """Documents [N+1] -> where each token goes when every document starts a new chunk; for each chunk the document that
-    begins with it, or None; for each document its last chunk, or None if it is empty."""
+def deal_documents(cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Deal documents [N+1] to lanes of about equal length, so that short ones are read side by side and not one after
+    the other. A document starts a new chunk; the longest go first, each to the first lane with room.
+
+    Returns place [T]: where each token goes in the flattened lanes; starts [lanes,n] on the CPU: the document that
+    begins with a chunk, or -1; ends [N]: the flattened index of each document's last chunk, -1 if it is empty.
+    """
     bounds = cu_seqlens.tolist()
-    place, starts, ends = [], [], []
-    for n, (begin, end) in enumerate(pairwise(bounds)):
-        place.append(torch.arange(end - begin) + len(starts) * CHUNK)
-        chunks = -(-(end - begin) // CHUNK)
-        starts += [n] + [None] * (chunks - 1) if chunks else []
-        ends.append(len(starts) - 1 if chunks else None)
-    return torch.cat(place).to(cu_seqlens.device), starts, ends
+    chunks = [-(-(end - begin) // CHUNK) for begin, end in pairwise(bounds)]
+    capacity = max(max(chunks), SEGMENT // CHUNK)
+    filled: list[int] = []
+    where: dict[int, tuple[int, int]] = {}
+    for n in sorted(range(len(chunks)), key=lambda n: -chunks[n]):
+        if chunks[n]:
+            lane = next((i for i, used in enumerate(filled) if used + chunks[n] <= capacity), len(filled))
+            if lane == len(filled):
+                filled.append(0)
+            where[n] = lane, filled[lane]
+            filled[lane] += chunks[n]
+    per_lane = max(filled)
+    starts = torch.full((len(filled), per_lane), -1)
+    ends = torch.full((len(chunks),), -1)
+    place = torch.empty(bounds[-1], dtype=torch.long)
+    for n, (lane, chunk) in where.items():
+        first = lane * per_lane + chunk
+        starts[lane, chunk] = n
+        ends[n] = first + chunks[n] - 1
+        place[bounds[n] : bounds[n + 1]] = torch.arange(bounds[n + 1] - bounds[n]) + first * CHUNK
+    return place.to(cu_seqlens.device), starts, ends.to(cu_seqlens.device)
