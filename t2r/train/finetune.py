@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
+from functools import cache
 from io import StringIO
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import transformers
 
 from t2r.config import ConvertConfig, RunConfig, StageConfig, load, load_run, save, with_device
 from t2r.convert import convert
-from t2r.convert.source import open_source
+from t2r.convert.source import Source, open_source
 from t2r.convert.verify import load_source
 from t2r.data.packing import Rows
 from t2r.data.sources import resolve
@@ -51,7 +52,7 @@ def finetune(config: str, overrides: Sequence[str] = (), model: str | None = Non
 def resolve_run(config: str, overrides: Sequence[str]) -> RunConfig:
     """The config as it will run here: variant and device chosen, data, source and packages found. Raises UserError."""
     settings = with_device(load_run(config, overrides, choose_variant(config, overrides)))
-    open_source(settings.source)
+    teacher_source(settings.source)
     if settings.stages:
         for source in resolve([*settings.data.train, *settings.data.validation]):
             if source.path is not None:
@@ -138,9 +139,15 @@ def run_stages(settings: RunConfig, folder: Path, start: Path) -> Path:
     return start
 
 
+@cache
+def teacher_source(source: str) -> Source:
+    """`open_source`, once: a GGUF file takes seconds to open."""
+    return open_source(source)
+
+
 def load_teacher(source: str, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
     """The source itself, frozen. Its weights are cast, its buffers are not: rotary frequencies need float32."""
-    teacher = load_source(open_source(source)).requires_grad_(False)
+    teacher = load_source(teacher_source(source)).requires_grad_(False)
     for parameter in teacher.parameters():
         parameter.data = parameter.data.to(dtype)
     return teacher.to(device)
@@ -157,7 +164,7 @@ def check_split(stage: StageConfig, world: int, i: int) -> None:
 
 def check_converted(folder: Path, settings: RunConfig) -> None:
     """Raise UserError unless the folder is a conversion whose teacher the config's source can be."""
-    config, teacher = open_source(folder).config, open_source(settings.source).config
+    config, teacher = open_source(folder).config, teacher_source(settings.source).config
     if config.model_type not in {family.gsa_model_type for family in FAMILIES.values()}:
         raise UserError(f"a {config.model_type} model is not converted yet", where=folder, next="t2r convert SRC OUT")
     for name in ("num_hidden_layers", "hidden_size", "vocab_size"):
