@@ -64,11 +64,11 @@ class Report:
         return not self.failed
 
     def __str__(self) -> str:
-        rows = []
+        rows, width = [], max(len(check.name) for check in self.checks)
         for check in self.checks:
             mark = "    " if check.bound is None else "ok  " if check.passed else "FAIL"
             bound = "" if check.bound is None else f"<= {check.bound:.0e}"
-            rows.append(f"{mark} {check.name:<58} {check.value:.1e} {bound}  {check.note}".rstrip())
+            rows.append(f"{mark} {check.name:<{width}} {check.value:.1e} {bound}  {check.note}".rstrip())
         n = len(self.failed)
         return "\n".join([*rows, "verified" if self.passed else f"NOT VERIFIED: {n} check{'s' * (n != 1)} failed"])
 
