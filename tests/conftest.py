@@ -50,15 +50,6 @@ def poisoned_empty(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """The folder of real books and other data beside the repository, which a clone alone does not have."""
-    folder = ROOT.parent / "shared" / "data"
-    if not folder.is_dir():
-        pytest.skip(f"needs the data folder {folder}, which is not part of the repository")
-    return folder
-
-
-@pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory) -> Path:
     """A Llama folder that transformers wrote: random weights, 2 layers, 6 heads on 2 kv heads, bfloat16, three shards,
     and a byte-level tokenizer that reads any text. Not to be changed: copy it."""
