@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import logsigmoid, scaled_dot_product_attention, silu
 
-from t2r.kernels.gsa import GSASpec, SlotState, chunk_gsa, gsa
+from t2r.kernels.gsa import GSASpec, SlotState, chunk_gsa, chunked, gsa
 from t2r.kernels.gsa.spec import EMPTY
 
 PAPER = GSASpec(gate="sigmoid", damping=8.0, feature_map="silu")
@@ -107,6 +107,25 @@ def test_packed_documents(spec, bounds, in_flight, monkeypatch):
         o, final = gsa(**alone, spec=spec, scale=0.3, initial_state=one, output_final_state=True)
         torch.testing.assert_close(packed["o"][:, bounds[n] : bounds[n + 1]], o, rtol=1e-12, atol=1e-12)
         assert packed["final.position"][n] == final.position[0]
+
+
+def test_documents_are_dealt_once_for_all_layers(monkeypatch):
+    """The layout of packed documents, which costs a host read, is worked out anew only for new or changed bounds."""
+    dealt, deal = [], chunked.deal_documents
+    monkeypatch.setattr(chunked, "deal_documents", lambda bounds: dealt.append(bounds.tolist()) or deal(bounds))
+    args, state = draw(PAPER, B=1, T=90, H=1, G=1, D=8, M=16, documents=2)
+    bounds = torch.tensor([0, 30, 90])
+    for _ in range(3):
+        gsa(**args, spec=PAPER, scale=1.0, cu_seqlens=bounds)
+    assert dealt == [[0, 30, 90]]
+    bounds[1] = 64
+    changed, _ = gsa(**args, spec=PAPER, scale=1.0, cu_seqlens=bounds)
+    fresh, _ = gsa(**args, spec=PAPER, scale=1.0, cu_seqlens=torch.tensor([0, 64, 90]), backend="reference")
+    torch.testing.assert_close(changed, fresh, rtol=1e-10, atol=1e-12)
+    with torch.inference_mode():
+        gsa(**args, spec=PAPER, scale=1.0, cu_seqlens=bounds)
+        gsa(**args, spec=PAPER, scale=1.0, cu_seqlens=torch.tensor([0, 64, 90]))
+    assert dealt == [[0, 30, 90], *3 * [[0, 64, 90]]]
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)

@@ -16,6 +16,7 @@ exact as alpha = 1; and everything is a matrix product. Gradients are autograd's
 Shape legend: spec.py; n = chunks, F = D + E + 1 (keys, values and occupancy of a slot side by side).
 """
 
+import weakref
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -177,7 +178,7 @@ def chunked(
         place, starts, carry = None, None, initial
         tensors = [None if x is None else pad(x, (0, 0) * (x.dim() - 2) + (0, -T % CHUNK)) for x in tensors]
     else:
-        place, starts, ends = deal_documents(cu_seqlens)
+        place, starts, ends = layout(cu_seqlens)
         lanes, length = starts.shape[0], starts.shape[1] * CHUNK
         carry = torch.zeros_like(initial[:1]).expand(lanes, -1, -1, -1)
         tensors = [
@@ -205,6 +206,21 @@ def chunked(
         final = torch.where(ends[:, None, None, None] >= 0, after[ends.clamp(min=0)], initial)
     K, V, z = final.split([D, E, 1], dim=-1)
     return o * (positions >= 0)[:, :, None, None, None], SlotState(K, V, z[..., 0], state.position)
+
+
+_last_layout: tuple = (lambda: None, None, None)
+
+
+def layout(cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`deal_documents`, once for all layers that are given the same tensor: it costs a host read and a Python loop."""
+    global _last_layout
+    if cu_seqlens.is_inference() or torch.is_inference_mode_enabled():
+        return deal_documents(cu_seqlens)  # such tensors count no versions, and training could not reuse the result
+    known, version, result = _last_layout
+    if known() is not cu_seqlens or version != (cu_seqlens._version, SEGMENT):
+        result = deal_documents(cu_seqlens)
+        _last_layout = (weakref.ref(cu_seqlens), (cu_seqlens._version, SEGMENT), result)
+    return result
 
 
 def deal_documents(cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
