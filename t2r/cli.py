@@ -71,6 +71,7 @@ def _compare(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--recipe", default="quick", metavar="R", help="name or YAML file (default: quick)")
     parser.add_argument("--out", metavar="DIR", help="folder to make (default: runs/compare-CONVERTED)")
+    parser.add_argument("--data", metavar="DIR", help="folder of benchmark files, which `eval:` in a recipe means")
     parser.add_argument("--limit", type=int, metavar="N", help="at most N items of each task")
     parser.add_argument("--device", help="for example cpu or cuda:0 (default: a GPU if there is one)")
     parser.add_argument("--dtype", help="dtype of all models (default: the converted model's)", **one_of(*DTYPES))

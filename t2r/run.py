@@ -20,6 +20,7 @@ def run(config: str, overrides: Sequence[str] = (), out: str | None = None) -> N
     """
     from t2r.evaluate.plots import require_matplotlib
     from t2r.evaluate.recipe import load_recipe
+    from t2r.evaluate.task import check_data
     from t2r.train.finetune import START, make_start, open_folder, resolve_run, train_stages, wait_for
 
     settings = resolve_run(config, overrides)
@@ -27,6 +28,7 @@ def run(config: str, overrides: Sequence[str] = (), out: str | None = None) -> N
         # what could not run after the training must not let it begin
         require_matplotlib()
         load_recipe(settings.compare.recipe, settings.compare.limit)
+        check_data(settings.compare.data)
     result = REPORT if settings.compare else "model" if settings.stages else START
     folder = open_folder(settings, out or f"runs/{Path(config).stem}", result)
     if settings.stages:
@@ -51,7 +53,8 @@ def compare_all(settings: RunConfig, folder: Path) -> None:
     models.append(f"{settings.convert.preset}-start={folder / START}")
     if settings.stages:
         models.append(f"trained={folder / MODEL}")
-    compare(models, settings.compare.recipe, str(folder / REPORT), settings.compare.limit, device=settings.device)
+    what = settings.compare
+    compare(models, what.recipe, str(folder / REPORT), what.limit, device=settings.device, data=what.data)
 
 
 def ls() -> None:

@@ -31,11 +31,11 @@ from t2r.evaluate.perplexity import Perplexity, token_nll
 from t2r.evaluate.recall import FACT, Recall
 from t2r.evaluate.recipe import load_recipe
 from t2r.evaluate.statistics import mcnemar, paired, perplexity, share, wilson
-from t2r.evaluate.task import OWN_DATA, rows
+from t2r.evaluate.task import OWN_DATA, Place, rows
 
 ROOT = Path(__file__).resolve().parents[1]
 SLOTS = 16
-HERE = Path(".")
+HERE = Place()
 
 
 def byte_tokenizer(bos=False):
@@ -98,7 +98,7 @@ def test_perplexity_by_position(model, tokenizer, tmp_path):
     texts = ["x" * 50 + "y" * 45, "short", "abcdefgh" * 8]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
     task = Perplexity("p", data="d.jsonl", field="body", block=40, edges=[0, 8, 40], totals=[20, 40])
-    blocks = task.prepare(tokenizer, tmp_path, on_cpu=True)
+    blocks = task.prepare(tokenizer, Place(tmp_path))
     joined = [tokenizer.encode(text) for text in texts]
     assert blocks == [joined[0][:40], joined[0][40:80], joined[2][:40]]  # no block crosses a document's end
     assert task.coverage == "3 of 3 blocks"
@@ -157,16 +157,39 @@ def test_a_pair_is_split_where_the_contexts_own_tokens_end(tokenizer):
 )
 def test_every_format_of_multiple_choice_asks_the_same(format, row, tokenizer, tmp_path):
     (tmp_path / "d.jsonl").write_text(json.dumps(row) + "\n")
-    (question,) = MultipleChoice("m", data="d.jsonl", format=format).prepare(tokenizer, tmp_path, on_cpu=True)
+    (question,) = MultipleChoice("m", data="d.jsonl", format=format).prepare(tokenizer, Place(tmp_path))
     texts = [tokenizer.decode(choice.ids) for choice in question.choices]
     assert texts == ["Question: Q\nAnswer: one", "Question: Q\nAnswer: another"]
     assert {choice.start for choice in question.choices} == {len("Question: Q\nAnswer:")}
     assert question.lengths == [3, 7] and question.gold == 1
 
 
+def test_hellaswag_is_cleaned_of_its_markup(tokenizer, tmp_path):
+    row = {"activity_label": "Tying", "ctx_a": "A [header] knot.", "ctx_b": "she", "endings": ["ends [title] it", "x"]}
+    (tmp_path / "d.jsonl").write_text(json.dumps({**row, "label": "1"}))
+    (question,) = MultipleChoice("m", data="d.jsonl", format="hellaswag").prepare(tokenizer, Place(tmp_path))
+    texts = [tokenizer.decode(choice.ids) for choice in question.choices]
+    assert texts == ["Tying: A knot. She ends. it", "Tying: A knot. She x"] and question.gold == 1
+
+
+def test_data_below_the_folder_of_the_command_line(folders, tokenizer, tmp_path, recipe):
+    (tmp_path / "eval" / "words").mkdir(parents=True)
+    (tmp_path / "eval" / "words" / "a.jsonl").write_text(json.dumps({"context": "a", "continuation": "b"}))
+    path = recipe(tasks=[{"kind": "last_word", "name": "words", "data": "eval:words/a.jsonl"}])
+    models, out = [str(folders / "llama"), str(folders / "gsa")], str(tmp_path / "out")
+    for data, message in [
+        (None, "needs the folder of the data .in --data"),
+        (str(tmp_path / "evil"), "no folder .*nearest valid: .*eval"),
+        (str(tmp_path), "no data file eval:words/a.jsonl"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            compare(models, path, out, data=data)
+    assert compare(models, path, out, data=str(tmp_path / "eval"))["coverage"] == {"words": "1 of 1 items"}
+
+
 def test_multiple_choice_against_a_naive_implementation(model, tokenizer):
     task = MultipleChoice("m", items=12, batch_size=5)
-    items = task.prepare(tokenizer, HERE, on_cpu=False)
+    items = task.prepare(tokenizer, Place(on_cpu=False))
     raw = list(rows(OWN_DATA / "piqa.jsonl.gz"))[:12]
     acc, acc_norm = [], []
     for item, row in zip(items, raw, strict=True):
@@ -184,7 +207,7 @@ def test_last_word(model, tokenizer, tmp_path):
     lines = [{"context": "once upon a", "continuation": "time"}, {"context": "the end", "continuation": "is"}]
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, lines)))
     task = LastWord("l", data="d.jsonl")
-    items = task.prepare(tokenizer, tmp_path, on_cpu=True)
+    items = task.prepare(tokenizer, Place(tmp_path))
     assert tokenizer.decode(items[0].ids[items[0].start :]) == " time"
     losses = [naive_score(model, item)[0] for item in items]
     accuracy, ppl = task.run(model, items).metrics
@@ -200,7 +223,7 @@ def recall(**options):
 
 
 def test_a_fact_lies_at_the_stated_distance(tokenizer):
-    stops = recall().prepare(tokenizer, HERE, on_cpu=True)
+    stops = recall().prepare(tokenizer, HERE)
     stream, seen = [], []
     for read, asks in stops:
         stream += read
@@ -214,13 +237,13 @@ def test_a_fact_lies_at_the_stated_distance(tokenizer):
 
 
 def test_the_questions_are_the_same_each_time_and_others_with_another_seed(tokenizer):
-    assert recall().prepare(tokenizer, HERE, True) == recall().prepare(tokenizer, HERE, True)
-    assert recall().prepare(tokenizer, HERE, True) != recall(seed=1).prepare(tokenizer, HERE, True)
+    assert recall().prepare(tokenizer, HERE) == recall().prepare(tokenizer, HERE)
+    assert recall().prepare(tokenizer, HERE) != recall(seed=1).prepare(tokenizer, HERE)
 
 
 def test_asking_aside_is_asking_after_the_whole_text(model, tokenizer):
     task = recall()
-    stops = task.prepare(tokenizer, HERE, on_cpu=True)
+    stops = task.prepare(tokenizer, HERE)
     stream, records = [], iter(task.run(model, stops).records)
     for read, asks in stops:
         stream += read
@@ -252,7 +275,7 @@ class Knowing:
 
 def test_recall_counts_exact_answers(folders, tokenizer):
     task = recall(items=4)
-    stops = task.prepare(tokenizer, HERE, on_cpu=True)
+    stops = task.prepare(tokenizer, HERE)
     facts = {fact.name: fact for stop in stops for _, fact in stop.asks}
     config = AutoModelForCausalLM.from_pretrained(folders / "llama").config
     first, second, third, _ = facts.values()
@@ -513,7 +536,7 @@ def test_a_mistake_is_one_line_before_any_model_is_run(change, message, folders,
 def test_damaged_data(content, message, tokenizer, tmp_path):
     (tmp_path / "d.jsonl").write_text(content)
     with pytest.raises(UserError, match=message):
-        MultipleChoice("m", data="d.jsonl").prepare(tokenizer, tmp_path, on_cpu=True)
+        MultipleChoice("m", data="d.jsonl").prepare(tokenizer, Place(tmp_path))
 
 
 def test_without_matplotlib_nothing_is_run(folders, tmp_path, monkeypatch):

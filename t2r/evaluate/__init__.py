@@ -12,13 +12,14 @@ def compare(
     limit: int | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    data: str | None = None,
 ) -> dict:
     """Evaluate the models, the original first, on the same items; write a report and return what report.json holds.
 
     models: what `t2r convert` reads or wrote, as PATH or LABEL=PATH. recipe: a shipped name or a YAML file.
     out: the folder to make, by default runs/compare-LABEL of the second model. limit: items of each task.
     device: by default a GPU if there is one. dtype: by default the one that the converted model is stored in; the
-    original is cast to the same.
+    original is cast to the same. data: the folder that `eval:` in the recipe means.
 
     Raises UserError, before any model is run, for whatever the user can mend; `out` then does not exist.
     """
@@ -30,6 +31,7 @@ def compare(
     from t2r.evaluate.recipe import load_recipe
     from t2r.evaluate.report import check_absent, named_fault, new_folder, summary, write
     from t2r.evaluate.run import evaluate
+    from t2r.evaluate.task import check_data
 
     if len(models) < 2:
         raise UserError("nothing to compare with: give the original and a converted model", next="t2r compare --help")
@@ -40,7 +42,7 @@ def compare(
     entries = open_models(models)
     folder = Path(out if out is not None else f"runs/compare-{entries[1].label}").expanduser()
     check_absent(folder)
-    items = chosen.prepare(common_tokenizer(entries), on)
+    items = chosen.prepare(common_tokenizer(entries), on, check_data(data))
     with new_folder(folder) as aside:
         results = evaluate(entries, chosen, items, on, *pick_dtype(entries, dtype))
         with named_fault(folder):

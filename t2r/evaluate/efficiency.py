@@ -3,7 +3,6 @@
 import dataclasses
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from t2r.errors import UserError
 from t2r.evaluate.statistics import Metric
-from t2r.evaluate.task import Outcome, Plot, Task
+from t2r.evaluate.task import Outcome, Place, Plot, Task
 from t2r.families import head_dim
 from t2r.modeling import GSAConfig
 
@@ -56,7 +55,7 @@ class Memory(Task):
     plot: ClassVar[Plot] = Plot("Memory by context length", "context (tokens)", "memory for one text")
     quality: ClassVar[bool] = False
 
-    def prepare(self, tokenizer, folder: Path, on_cpu: bool) -> list[int]:
+    def prepare(self, tokenizer, place: Place) -> list[int]:
         return self.lengths
 
     @torch.inference_mode()
@@ -90,7 +89,7 @@ class Speed(Task):
     )
     quality: ClassVar[bool] = False
 
-    def prepare(self, tokenizer, folder: Path, on_cpu: bool) -> list[int]:
+    def prepare(self, tokenizer, place: Place) -> list[int]:
         if self.prompt < 1 or self.new < 2:
             raise UserError("speed needs a prompt of 1 token and 2 new ones", where=f"task {self.name}")
         return [self.prompt]
@@ -117,7 +116,7 @@ class Generation(Task):
 
     about: ClassVar[str] = "Greedy continuations of the same prompt."
 
-    def prepare(self, tokenizer, folder: Path, on_cpu: bool) -> list[str]:
+    def prepare(self, tokenizer, place: Place) -> list[str]:
         if not self.prompts:
             raise UserError("no prompts", where=f"task {self.name}")
         self.tokenizer = tokenizer

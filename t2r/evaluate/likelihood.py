@@ -3,6 +3,7 @@
 Tokenization, choice and normalisation are those of lm-eval's tasks of the same data.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from t2r.errors import UserError, nearest
 from t2r.evaluate.perplexity import losses
 from t2r.evaluate.statistics import perplexity, share
-from t2r.evaluate.task import Outcome, Task, locate, rows, take
+from t2r.evaluate.task import Outcome, Place, Task, locate, rows, take
 
 
 class Passage(NamedTuple):
@@ -79,13 +80,13 @@ class LastWord(Task):
         "word, over passages."
     )
 
-    def prepare(self, tokenizer, folder: Path, on_cpu: bool) -> list[Passage]:
-        path = locate(self.data, folder)
+    def prepare(self, tokenizer, place: Place) -> list[Passage]:
+        path = locate(self.data, place)
         passages = [
             encode_pair(tokenizer, take(row, "context", path), " " + take(row, "continuation", path).strip())
             for row in rows(path)
         ]
-        return self.within_budget(passages, lambda passage: len(passage.ids), on_cpu)
+        return self.within_budget(passages, lambda passage: len(passage.ids), place)
 
     def run(self, model, items: list[Passage]) -> Outcome:
         scores = score(model, items, self.batch_size)
@@ -113,12 +114,27 @@ def arc(row: dict, path: Path) -> tuple[str, list[str], int]:
     return f"Question: {take(row, 'question', path)}\nAnswer:", take(choices, "text", path, list), gold
 
 
+def hellaswag(row: dict, path: Path) -> tuple[str, list[str], int]:
+    def clean(text: str) -> str:
+        text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
+        return text.replace("  ", " ")
+
+    activity, start, end = (take(row, key, path) for key in ("activity_label", "ctx_a", "ctx_b"))
+    query = clean(f"{activity}: {start} {end.capitalize()}")
+    return query, [clean(choice) for choice in take(row, "endings", path, list)], int(take(row, "label", path))
+
+
 def plain(row: dict, path: Path) -> tuple[str, list[str], int]:
     return take(row, "query", path), take(row, "choices", path, list), take(row, "gold", path, int)
 
 
 # how a row of a data set becomes (query, choices, index of the right choice)
-FORMATS: dict[str, Callable[[dict, Path], tuple[str, list[str], int]]] = {"piqa": piqa, "arc": arc, "plain": plain}
+FORMATS: dict[str, Callable[[dict, Path], tuple[str, list[str], int]]] = {
+    "piqa": piqa,
+    "arc": arc,
+    "hellaswag": hellaswag,
+    "plain": plain,
+}
 
 
 @dataclass
@@ -135,18 +151,18 @@ class MultipleChoice(Task):
         "divided by the choice's length in characters."
     )
 
-    def prepare(self, tokenizer, folder: Path, on_cpu: bool) -> list[Question]:
+    def prepare(self, tokenizer, place: Place) -> list[Question]:
         if self.format not in FORMATS:
             close = nearest(self.format, FORMATS) or ", ".join(FORMATS)
             raise UserError(f"unknown format {self.format!r}", where=f"task {self.name}", nearest=close)
-        path, questions = locate(self.data, folder), []
+        path, questions = locate(self.data, place), []
         for row in rows(path):
             query, choices, gold = FORMATS[self.format](row, path)
             if not all(isinstance(choice, str) and choice for choice in choices) or not 0 <= gold < len(choices):
                 raise UserError(f"no right answer among the choices {choices!r:.80}", where=path)
             passages = [encode_pair(tokenizer, query, " " + choice) for choice in choices]
             questions.append(Question(passages, [len(choice) for choice in choices], gold))
-        return self.within_budget(questions, lambda q: sum(len(choice.ids) for choice in q.choices), on_cpu)
+        return self.within_budget(questions, lambda q: sum(len(choice.ids) for choice in q.choices), place)
 
     def run(self, model, items: list[Question]) -> Outcome:
         scores = iter(score(model, [choice for item in items for choice in item.choices], self.batch_size))

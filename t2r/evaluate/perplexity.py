@@ -3,7 +3,6 @@
 import dataclasses
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from t2r.errors import UserError
 from t2r.evaluate.statistics import perplexity
-from t2r.evaluate.task import Outcome, Plot, Task, locate, rows, take
+from t2r.evaluate.task import Outcome, Place, Plot, Task, locate, rows, take
 
 ROWS = 256  # rows of logits that are turned into float32 losses at once
 SEGMENT = 512  # tokens whose logits are in memory at once
@@ -70,7 +69,7 @@ class Perplexity(Task):
     noun: ClassVar[str] = "blocks"
     plot: ClassVar[Plot] = Plot("Perplexity by position", "position in the text, up to (tokens)", "perplexity")
 
-    def prepare(self, tokenizer, folder: Path, on_cpu: bool) -> list[list[int]]:
+    def prepare(self, tokenizer, place: Place) -> list[list[int]]:
         where = f"task {self.name}"
         for key in ("edges", "totals"):
             bounds = getattr(self, key)
@@ -78,13 +77,13 @@ class Perplexity(Task):
                 raise UserError(f"{key} {bounds} do not rise from 0 to block = {self.block}", where=where)
         if any(bound < 2 for bound in self.edges[1:] + self.totals):
             raise UserError("token 0 has nothing before it to be predicted from", where=where, nearest="a bound of 2")
-        path, blocks = locate(self.data, folder), []
+        path, blocks = locate(self.data, place), []
         for row in rows(path):
             ids = tokenizer.encode(take(row, self.field, path))
             blocks += [ids[i : i + self.block] for i in range(0, len(ids) - self.block + 1, self.block)]
         if not blocks:
             raise UserError(f"no document of {self.block} tokens", where=path, nearest="a smaller `block`")
-        return self.within_budget(blocks, len, on_cpu)
+        return self.within_budget(blocks, len, place)
 
     def run(self, model, items: list[list[int]]) -> Outcome:
         batches = torch.tensor(items).split(self.batch_size)

@@ -5,7 +5,6 @@ import dataclasses
 import random
 from dataclasses import dataclass
 from itertools import islice, pairwise
-from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -13,7 +12,7 @@ import torch
 from t2r.errors import UserError
 from t2r.evaluate.perplexity import losses
 from t2r.evaluate.statistics import share
-from t2r.evaluate.task import Outcome, Plot, Task, locate, rows, take
+from t2r.evaluate.task import Outcome, Place, Plot, Task, locate, rows, take
 
 NAMES = (
     "Maria Peter Anna Thomas Julia Martin Laura Robert Helen George Alice Frank Nora Henry Clara Victor Emma Oscar "
@@ -62,7 +61,7 @@ class Recall(Task):
     )
     plot: ClassVar[Plot] = Plot("Recall by distance", "distance to the question (tokens)", "recalled exactly")
 
-    def prepare(self, tokenizer, folder: Path, on_cpu: bool) -> list[Stop]:
+    def prepare(self, tokenizer, place: Place) -> list[Stop]:
         where = f"task {self.name}"
         if not self.distances or min(self.distances) < 1 or self.every < 1:
             raise UserError("recall needs distances and `every` of 1 token or more", where=where)
@@ -77,9 +76,9 @@ class Recall(Task):
             rest = max(self.distances) if fact is facts[0] else 0
             return rest + self.every + len(self.distances) * (len(fact.question) + len(fact.answer))
 
-        asked = len(self.within_budget(facts[:most], cost, on_cpu))
+        asked = len(self.within_budget(facts[:most], cost, place))
         self.coverage = f"{asked} facts"
-        stream = self.stream(tokenizer, folder, facts[: asked + after])
+        stream = self.stream(tokenizer, place, facts[: asked + after])
         asks: dict[int, list[tuple[int, Fact]]] = {}
         for number, fact in enumerate(facts[:asked], start=1):
             for distance in self.distances:
@@ -87,10 +86,10 @@ class Recall(Task):
         times = sorted(asks)
         return [Stop(stream[a:b], asks[b]) for a, b in pairwise([0, *times])]
 
-    def stream(self, tokenizer, folder: Path, facts: list[Fact]) -> list[int]:
+    def stream(self, tokenizer, place: Place, facts: list[Fact]) -> list[int]:
         """All tokens of the text: its stretches, and what is read after the last fact."""
         end = tokenizer.encode(".\n", add_special_tokens=False)
-        filler, tokens = self.filler(tokenizer, folder), tokenizer.encode("")  # what this tokenizer begins a text with
+        filler, tokens = self.filler(tokenizer, place), tokenizer.encode("")  # what this tokenizer begins a text with
         for number, fact in enumerate(facts, start=1):
             stated = [*fact.question, *fact.answer, *end]
             room = number * self.every - len(tokens) - len(stated)
@@ -111,9 +110,9 @@ class Recall(Task):
             facts.append(Fact(name, value, question, whole[len(question) :]))
         return facts
 
-    def filler(self, tokenizer, folder: Path):
+    def filler(self, tokenizer, place: Place):
         """Tokens of the data's documents, the last document first: perplexity begins with the first."""
-        path = locate(self.data, folder)
+        path = locate(self.data, place)
         texts = [take(row, self.field, path) for row in rows(path)]
         for text in reversed(texts):
             yield from tokenizer.encode(" ".join(text.split()), add_special_tokens=False)

@@ -11,7 +11,7 @@ from t2r.evaluate.efficiency import Generation, Memory, Speed
 from t2r.evaluate.likelihood import LastWord, MultipleChoice
 from t2r.evaluate.perplexity import Perplexity
 from t2r.evaluate.recall import Recall
-from t2r.evaluate.task import Task
+from t2r.evaluate.task import Place, Task
 
 KINDS: dict[str, type[Task]] = {
     "perplexity": Perplexity,
@@ -41,9 +41,10 @@ class Recipe:
     tasks: list[Task] = field(default_factory=list)
     ablation: bool = True
 
-    def prepare(self, tokenizer, device) -> dict[str, list]:
+    def prepare(self, tokenizer, device, data: Path | None = None) -> dict[str, list]:
         """Each task's items, the same for every model. Raises UserError for missing or unfit data."""
-        return {task.name: task.prepare(tokenizer, self.folder, device.type == "cpu") for task in self.tasks}
+        place = Place(self.folder, data, device.type == "cpu")
+        return {task.name: task.prepare(tokenizer, place) for task in self.tasks}
 
     def to_dict(self) -> dict:
         """Every option spelled out."""

@@ -12,6 +12,7 @@ from t2r.errors import UserError, nearest
 from t2r.evaluate.statistics import Metric
 
 SHIPPED = "shipped:"
+EVAL = "eval:"
 OWN_DATA = Path(__file__).parents[1] / "recipes" / "data"
 
 
@@ -22,6 +23,15 @@ class Plot:
     title: str
     x: str
     y: str
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a recipe runs. folder: the recipe's. data: what `--data` names. on_cpu: whether cpu_tokens bind."""
+
+    folder: Path = Path(".")
+    data: Path | None = None
+    on_cpu: bool = True
 
 
 @dataclass
@@ -52,42 +62,59 @@ class Task:
     def __post_init__(self) -> None:
         self.coverage = ""  # how much of the data the items are, once they are prepared
 
-    def prepare(self, tokenizer, folder: Path, on_cpu: bool) -> list:
-        """The items, the same for every model. folder: the recipe's. Raises UserError for data that is not there."""
+    def prepare(self, tokenizer, place: Place) -> list:
+        """The items, the same for every model. Raises UserError for data that is not there."""
         raise NotImplementedError
 
     def run(self, model, items: list) -> Outcome:
         raise NotImplementedError
 
-    def within_budget(self, items: list, tokens: Callable[[object], int], on_cpu: bool) -> list:
+    def within_budget(self, items: list, tokens: Callable[[object], int], place: Place) -> list:
         """The first items that `items` and `cpu_tokens` allow, at least one. tokens: what an item costs."""
         used = len(items) if self.items is None else min(self.items, len(items))
-        if self.cpu_tokens is not None and on_cpu:
+        if self.cpu_tokens is not None and place.on_cpu:
             spent = accumulate(map(tokens, items[:used]))
             used = max(1, sum(total <= self.cpu_tokens for total in spent))
         self.coverage = f"{used} of {len(items)} {self.noun}"
         return items[:used]
 
 
-def locate(data: str, folder: Path) -> Path:
-    """The file that a recipe names: `shipped:NAME` of t2r's own, else a path, relative to the recipe's folder."""
+def check_data(folder: str | None) -> Path | None:
+    """The folder of `--data`. Raises UserError where there is none."""
+    path = None if folder is None else Path(folder).expanduser()
+    if path is not None and not path.is_dir():
+        near = nearest(path.name, [p.name for p in path.parent.glob("*/")])
+        raise UserError(f"no folder {folder}", where="--data", nearest=near and path.with_name(near))
+    return path
+
+
+def locate(data: str, place: Place) -> Path:
+    """The file that a recipe names: `shipped:NAME` of t2r's own, `eval:PATH` below the folder that --data names, else
+    a path, relative to the recipe's folder. Raises UserError where there is none."""
     if data.startswith(SHIPPED):
         name = data.removeprefix(SHIPPED)
         path = OWN_DATA / f"{name}.jsonl.gz"
         choices = [file.name.removesuffix(".jsonl.gz") for file in OWN_DATA.glob("*.jsonl.gz")]
+    elif data.startswith(EVAL):
+        if place.data is None:
+            raise UserError(f"{data} needs the folder of the data", where="--data", next="t2r compare ... --data DIR")
+        path = place.data / data.removeprefix(EVAL)
+        choices = [str(file.relative_to(place.data)) for file in place.data.glob("*/*")]
+        name = data.removeprefix(EVAL)
     else:
-        path = folder / Path(data).expanduser()
+        path = place.folder / Path(data).expanduser()
         choices = [file.name for file in path.parent.glob("*")]
         name = path.name
     if not path.is_file():
         close = nearest(name, choices) or (", ".join(sorted(choices)) if data.startswith(SHIPPED) else None)
-        raise UserError(f"no data file {data}", where=path.parent, nearest=close)
+        within = place.data if data.startswith(EVAL) else path.parent
+        raise UserError(f"no data file {data}", where=within, nearest=close)
     return path
 
 
 def rows(path: Path) -> Iterator[dict]:
-    """The objects of a .jsonl or .jsonl.gz file; a .txt file is one {"text"}. Raises UserError."""
-    if path.suffix == ".txt":
+    """The objects of a .jsonl or .jsonl.gz file; a .txt or .raw file is one {"text"}. Raises UserError."""
+    if path.suffix in (".txt", ".raw"):
         yield {"text": path.read_text(encoding="utf-8")}
         return
     number = 1
