@@ -4,8 +4,9 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from t2r.config import FOLDERS, RunConfig, find, load_run, read, shipped
+from t2r.config import FOLDERS, find, read, shipped
 from t2r.errors import UserError
+from t2r.schema import RunConfig, load_run
 
 REPORT = "compare"
 

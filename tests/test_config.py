@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from t2r.config import RunConfig, StageConfig, check, find, load, load_run, save, shipped, with_device
+from t2r.config import find, load, save, shipped
 from t2r.errors import UserError
+from t2r.schema import RunConfig, StageConfig, check, load_run, with_device
 
 STAGE = "stages: [{kind: align, tokens: 640, context: 64, batch_tokens: 128, micro_batch: 2, lr: {gates: 1e-3}}]"
 

@@ -8,7 +8,8 @@ import torch
 import yaml
 
 from t2r.cli import main
-from t2r.config import RunConfig, load, shipped
+from t2r.config import load, shipped
+from t2r.schema import RunConfig
 from t2r.train import engine
 
 

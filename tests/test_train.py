@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from t2r.config import LearningRates, LossConfig, RunConfig, StageConfig, load
+from t2r.config import load
 from t2r.convert import convert
 from t2r.convert.source import open_source
 from t2r.data.packing import UNLABELLED, Batch
@@ -21,6 +21,7 @@ from t2r.errors import UserError
 from t2r.families import FAMILIES
 from t2r.modeling.attention import GSAttention
 from t2r.modeling.configuration import CONFIG_CLASSES, GSAConfig, preset
+from t2r.schema import LearningRates, LossConfig, RunConfig, StageConfig
 from t2r.train import engine, finetune
 from t2r.train.stages import (
     STAGES,

@@ -24,12 +24,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from t2r.config import RunConfig, StageConfig
 from t2r.convert.source import Source, open_source
 from t2r.convert.writer import FolderWriter
 from t2r.data.packing import Batch, Rows, ahead
 from t2r.errors import UserError
 from t2r.modeling.attention import GSAttention
+from t2r.schema import RunConfig, StageConfig
 from t2r.train.stages import STAGES, Stage, learning_rate, parameter_groups
 
 GIVE_UP = 5  # steps in a row whose loss or gradient is not finite

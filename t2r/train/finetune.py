@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from t2r.config import ConvertConfig, RunConfig, StageConfig, load, load_run, save, with_device
+from t2r.config import load, save
 from t2r.convert import convert
 from t2r.convert.source import Source, open_source
 from t2r.convert.verify import load_source
@@ -25,6 +25,7 @@ from t2r.data.tokens import tokenise
 from t2r.env import env
 from t2r.errors import UserError
 from t2r.families import FAMILIES
+from t2r.schema import ConvertConfig, RunConfig, StageConfig, load_run, with_device
 from t2r.train.engine import compute_dtype, join_group, require_deepspeed, train
 from t2r.train.stages import STAGES
 

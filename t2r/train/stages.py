@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
 from torch.utils.checkpoint import checkpoint
 
-from t2r.config import StageConfig
 from t2r.data.packing import UNLABELLED, Batch
 from t2r.families import FAMILIES
 from t2r.modeling.attention import GSAttention
+from t2r.schema import StageConfig
 
 GATES = ("f_proj", "write", "keep")
 Loss = tuple[Tensor, dict[str, Tensor]]
