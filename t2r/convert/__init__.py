@@ -1,10 +1,12 @@
 """`t2r convert`: a pretrained Transformer in, a Gated Slot Attention model out, as a Hugging Face folder.
 
-source.py reads one tensor at a time, plan.py says what happens to each, writer.py writes the folder aside and renames
-it when it is complete, verify.py proves that it equals its source.
+locate.py finds the source; source.py, folder.py and gguf.py read it one tensor at a time; plan.py says what happens to
+each; writer.py writes the folder aside and renames it when it is complete; verify.py proves that it equals its source.
 """
 
 import sys
+import time
+from contextlib import contextmanager
 
 
 def convert(
@@ -16,19 +18,23 @@ def convert(
     dtype: str | None = None,
     dry_run: bool = False,
     verify: bool = True,
+    hash: bool = True,
+    shard_size: int | None = None,
 ) -> None:
     """Convert `source` (hub id, folder, GGUF file or package:NAME) into the new folder `out`.
 
     preset: "exact" starts as a ring buffer that equals the source within its slots; "paper" as arXiv 2409.07146.
     slots, sinks: in place of the preset's. dtype: name of the dtype to write, default the source's (float32 for GGUF).
     dry_run: print the plan and stop. verify: prove the result before it gets its name; nothing is left if that fails.
+    hash: record the SHA-256 of every file of the source. shard_size: bytes of a weight file at most, default 5 GB.
 
-    Raises UserError for whatever the user can mend; `out` then does not exist.
+    A run that was killed is continued by the same command. Raises UserError for whatever the user can mend; `out` then
+    does not exist.
     """
     from t2r.convert.plan import make_plan
     from t2r.convert.source import open_source
     from t2r.convert.verify import verify as verify_folder
-    from t2r.convert.writer import FolderWriter, available_ram, check_absent, preflight
+    from t2r.convert.writer import SHARD_SIZE, FolderWriter, available_ram, check_absent, preflight
     from t2r.errors import UserError
 
     if not dry_run:
@@ -40,47 +46,88 @@ def convert(
         return
     opened.load_tokenizer()
     preflight(out, plan.disk_bytes, plan.ram_bytes)
-    with FolderWriter(out, plan.targets) as writer:
-        write_weights(plan, writer)
-        write_rest(plan, writer.path)
+    with FolderWriter(out, plan.targets, shard_size or SHARD_SIZE, resume=state_of(plan)) as writer:
+        if writer.written:
+            print(f"going on    a killed run has written {len(writer.written)} of {len(plan.targets)} tensors")
+        with timed("copied", sum(writer.nbytes(name) for name in plan.targets if name not in writer.written)):
+            digests = write_weights(plan, writer, hash)
+            write_rest(plan, writer.path, digests)
+            writer.flush()
         ram = available_ram()
         if verify and ram is not None and ram < plan.verify_ram_bytes:
             print(f"not verified: that takes {plan.verify_ram_bytes / 1e9:.1f} GB of memory, {ram / 1e9:.1f} are free")
         elif verify:
-            report = verify_folder(writer.path, source)
+            with timed("checked"):
+                report = verify_folder(writer.path, source)
             print(report, flush=True)
             if not report.passed:
                 raise UserError(f"the result does not equal its source: {report.failed[0].name}", where=source)
     print(f"wrote {out}")
 
 
-def write_weights(plan, writer) -> None:
-    """Stream every tensor of the plan into the writer: the source's in storage order, then the new ones."""
+@contextmanager
+def timed(what: str, size: int | None = None):
+    """Print how long the block took, and how many bytes a second that makes."""
+    start = time.perf_counter()
+    yield
+    seconds = time.perf_counter() - start
+    amount = (
+        f"{size / 1e9:.2f} GB in {seconds:.1f} s, {size / 1e6 / seconds:,.0f} MB/s" if size else f"in {seconds:.1f} s"
+    )
+    print(f"{what:<11} {amount}", flush=True)
+
+
+def state_of(plan) -> str:
+    """Names a conversion: the source's files as they are now, and all that decides the result. What a killed run left
+    is continued only where it has the same name."""
+    from t2r import __version__
+
+    files = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in plan.source.files]
+    return repr((__version__, files, plan.config.to_dict()))
+
+
+def write_weights(plan, writer, hashing: bool) -> dict[str, str] | None:
+    """Stream every tensor of the plan into the writer: the source's in storage order, then the new ones.
+
+    Returns name and SHA-256 of each file of the source, taken from the same read, or None without `hashing`.
+    """
     import torch
     from tqdm import tqdm
 
     from t2r.errors import UserError
 
+    source, digests = plan.source, {} if hashing else None
     status = {e.name: e.status for e in plan.entries}
-    for name, tensor in tqdm(
-        plan.source.items(), total=len(plan.source.names()), desc="converting", disable=not sys.stderr.isatty()
-    ):
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise UserError(f"tensor {name} holds NaN or infinite values", where=plan.source.path)
-        if status[name] == "tied":
-            if not torch.equal(tensor, plan.source.tensor("model.embed_tokens.weight")):
+    size = sum(source.nbytes(name) for name in source.names() if name not in writer.written)
+    bar = tqdm(total=size, unit="B", unit_scale=True, desc="converting", disable=not sys.stderr.isatty())
+    with bar:
+        for name, tensor in source.items(skip=writer.written, digests=digests):
+            if not all_finite(tensor):
+                raise UserError(f"tensor {name} holds NaN or infinite values", where=source.path)
+            if status[name] != "tied":
+                writer.add(name, tensor.to(plan.targets[name][1]))
+            elif not torch.equal(tensor, source.tensor("model.embed_tokens.weight")):
                 raise UserError(
                     f"{name} differs from model.embed_tokens.weight, but the config ties them",
-                    where=plan.source.path,
+                    where=source.path,
                     nearest='"tie_word_embeddings": false in config.json',
                 )
-            continue
-        writer.add(name, tensor.to(plan.targets[name][1]))
+            bar.update(tensor.nbytes)
     for name, tensor in plan.new_tensors.items():
-        writer.add(name, tensor.to(plan.targets[name][1]))
+        if name not in writer.written:
+            writer.add(name, tensor.to(plan.targets[name][1]))
+    return digests
 
 
-def write_rest(plan, path) -> None:
+def all_finite(tensor) -> bool:
+    """Whether no value is NaN or infinite: both extremes say it, in one pass without a temporary tensor."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    least, most = tensor.aminmax()
+    return bool(least.isfinite() and most.isfinite())
+
+
+def write_rest(plan, path, digests: dict[str, str] | None) -> None:
     """Everything of the folder but the weights: config, generation config, tokenizer, and the report of the tensors."""
     import json
 
@@ -92,5 +139,9 @@ def write_rest(plan, path) -> None:
     generation = plan.source.generation_config() or GenerationConfig.from_model_config(plan.config)
     generation.save_pretrained(path)
     plan.source.save_tokenizer(path)
-    report = {"schema_version": 1, "t2r": __version__, **plan.report()}
+    files = [
+        {"name": file.name, "bytes": file.stat().st_size, "sha256": digests and digests[file.name]}
+        for file in plan.source.files
+    ]
+    report = {"schema_version": 1, "t2r": __version__, "source_files": files, **plan.report()}
     (path / "conversion.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

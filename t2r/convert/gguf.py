@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from t2r.convert.source import Source, Stored, first_line, load_config, load_tokenizer
+from t2r.convert.source import Reader, Source, Stored, first_line, load_config, load_tokenizer
 from t2r.errors import UserError, nearest
 
 # Whether llama.cpp permutes the rows of q and k for its interleaved rotary embedding.
@@ -66,8 +66,8 @@ class GgufSource(Source):
         self._complete_config(blocks)
         self._stored = self._rename(blocks)
 
-    def tensor(self, name: str) -> torch.Tensor:
-        return self._dequantise(self._stored[name])
+    def _read(self, stored: _Blocks, reader: Reader) -> torch.Tensor:
+        return self._dequantise(stored, reader)
 
     def generation_config(self):
         from transformers import GenerationConfig
@@ -134,12 +134,10 @@ class GgufSource(Source):
             )
         return blocks
 
-    def _dequantise(self, block: _Blocks) -> torch.Tensor:
-        import numpy as np
+    def _dequantise(self, block: _Blocks, reader: Reader) -> torch.Tensor:
         from gguf.quants import dequantize
 
-        # A plain read: pages of the reader's mapping would count as resident memory.
-        data = np.fromfile(self.path, dtype=np.uint8, count=math.prod(block.rows), offset=block.offset)
+        data = reader.read(block.offset, math.prod(block.rows), block.key).numpy()
         tensor = torch.from_numpy(dequantize(data.reshape(block.rows), block.kind)).reshape(block.shape)
         if not block.heads:
             return tensor
@@ -163,7 +161,10 @@ class GgufSource(Source):
         if end_of_turn != config.eos_token_id:
             config.eos_token_id = [config.eos_token_id, end_of_turn]
         config.dtype = torch.float32
-        factors = self._dequantise(blocks[ROPE_FREQS]) if ROPE_FREQS in blocks else None
+        factors = None
+        if ROPE_FREQS in blocks:
+            with Reader(self.path) as reader:
+                factors = self._dequantise(blocks[ROPE_FREQS], reader)
         self._complete_rope(factors)
 
     def _complete_rope(self, factors: torch.Tensor | None) -> None:

@@ -1,11 +1,13 @@
 """A model folder that appears complete or not at all, written one tensor at a time."""
 
+import hashlib
 import json
 import os
 import secrets
 import shlex
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -13,7 +15,15 @@ import torch
 from t2r.convert.source import SAFETENSORS_DTYPES
 from t2r.errors import UserError
 
+try:
+    import fcntl
+except ImportError:  # Windows: two conversions into one folder are not kept apart there
+    fcntl = None
+
 SHARD_SIZE = 5_000_000_000
+# So many bytes are on disk, and noted as such, before more of them are written: what a killed run loses at most.
+COMMIT_BYTES = 1_000_000_000
+JOURNAL = ".written"
 DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 PROC_MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")
@@ -25,10 +35,12 @@ class FolderWriter:
     out: the folder to make; it must not exist, its parents may be missing
     plan: every tensor's (shape, dtype); plan order decides which shard it goes to
     shard_size: most bytes of tensor data in one file; a larger tensor gets a file of its own
+    resume: names what is written (source, its state, options). A run that was killed leaves its sibling behind; a later
+        one with the same `resume` and plan goes on with it, any other starts over. None: never go on.
 
-    `path` is the folder to put other files in, valid inside the context. When the context ends with any exception
-    nothing is left behind. Raises UserError when `out` exists or cannot be written, ValueError when what is added
-    deviates from the plan.
+    `path` is the folder to put other files in, `written` the tensors that are there already; both valid inside the
+    context. When the context ends with any exception nothing is left behind. Raises UserError when `out` exists or
+    cannot be written, ValueError when what is added deviates from the plan.
     """
 
     def __init__(
@@ -36,23 +48,40 @@ class FolderWriter:
         out: str | Path,
         plan: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
         shard_size: int = SHARD_SIZE,
+        resume: str | None = None,
     ) -> None:
         self.out = Path(out).expanduser()
-        self.path = self.out.parent / f".{self.out.name}.partial-{secrets.token_hex(2)}"
+        suffix = "partial" if resume else f"partial-{secrets.token_hex(2)}"
+        self.path = self.out.parent / f".{self.out.name}.{suffix}"
         self.plan = {name: (tuple(shape), dtype) for name, (shape, dtype) in plan.items()}
+        self.written: set[str] = set()
+        self._mark = hashlib.sha256(repr((resume, shard_size, self.plan)).encode()).hexdigest() if resume else None
         self._shards = _split(self.plan, shard_size)
         self._places: dict[str, tuple[Path, int]] = {}
         self._made_parents: list[Path] = []
+        self._files: dict[str, Path] = {}
+        self._owned = False  # whether the folder at `path` is ours to remove
+        self._lock: int | None = None
+        self._uncommitted: list[str] = []
+        self._uncommitted_bytes = 0
+        self._commits = ThreadPoolExecutor(1, thread_name_prefix="commit")
+        self._committing: Future | None = None
         check_absent(self.out)
 
     def __enter__(self) -> "FolderWriter":
         try:
             self._made_parents = [p for p in self.out.absolute().parents if not p.exists()]
-            self.path.mkdir(parents=True)
+            self.path.mkdir(parents=True, exist_ok=bool(self._mark))
+            if self._mark:
+                self._lock_folder()
+            self._owned = True
+            if self._mark:
+                self._resume()
             for number, shard in enumerate(self._shards, start=1):
                 self._start_shard(self.path / self._file_name(number), shard)
             if len(self._shards) > 1:
                 self._write_index()
+            self._places = {name: place for name, place in self._places.items() if name not in self.written}
         except BaseException as error:
             self._discard()
             if isinstance(error, OSError):
@@ -73,8 +102,24 @@ class FolderWriter:
             with open(file, "r+b") as shard:
                 shard.seek(offset)
                 shard.write(data)
+            self._uncommitted.append(name)
+            self._uncommitted_bytes += len(data)
+            if self._uncommitted_bytes >= COMMIT_BYTES:
+                self._commit()
         except OSError as error:
             raise UserError(f"cannot write tensor {name}: {error.strerror}", where=self.out) from error
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of a tensor of the plan."""
+        return _nbytes(*self.plan[name])
+
+    def flush(self) -> None:
+        """Return when all that was added is on disk."""
+        try:
+            self._commit()
+            self._committing.result()
+        except OSError as error:
+            raise UserError(f"cannot write: {error.strerror}", where=self.out) from error
 
     def __exit__(self, kind, error, trace) -> None:
         try:
@@ -85,30 +130,79 @@ class FolderWriter:
         finally:
             self._discard()
 
+    def _commit(self) -> None:
+        """Have what was added brought to disk and noted, while more is added. Waits for the commit before this one."""
+        if self._committing:
+            self._committing.result()
+        names, self._uncommitted, self._uncommitted_bytes = self._uncommitted, [], 0
+        self._committing = self._commits.submit(self._bring_to_disk, names)
+
+    def _bring_to_disk(self, names: list[str]) -> None:
+        for file in {self._files[name] for name in names}:
+            _sync(file)
+        if self._mark:
+            with open(self.path / JOURNAL, "a", encoding="utf-8") as journal:
+                journal.write(json.dumps(names) + "\n")
+                journal.flush()
+                os.fsync(journal.fileno())
+
+    def _lock_folder(self) -> None:
+        self._lock = os.open(self.path, os.O_RDONLY) if fcntl else None
+        try:
+            if fcntl:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = not fcntl or os.path.samestat(os.fstat(self._lock), os.stat(self.path))
+        except (BlockingIOError, FileNotFoundError):
+            ours = False
+        if not ours:  # the other one holds it, or has just renamed it
+            raise UserError("another conversion is writing there", where=self.out)
+
+    def _resume(self) -> None:
+        """Find out what a killed run has brought to disk; remove what another conversion has left."""
+        journal = self.path / JOURNAL
+        lines = journal.read_text(encoding="utf-8").splitlines() if journal.exists() else []
+        if lines[:1] == [self._mark]:
+            for line in lines[1:]:
+                try:
+                    self.written.update(json.loads(line))
+                except ValueError:  # the line that the kill interrupted
+                    break
+        else:
+            for path in self.path.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        journal.write_text(f"{self._mark}\n{json.dumps(sorted(self.written))}\n", encoding="utf-8")
+
     def _finish(self) -> None:
         if self._places:
             missing = list(self._places)
             raise ValueError(f"{len(missing)} planned tensors were never added, the first is {missing[0]}")
+        self.flush()
+        (self.path / JOURNAL).unlink(missing_ok=True)
         for path in [*self.path.rglob("*"), self.path]:
             _sync(path)
         check_absent(self.out)
         os.rename(self.path, self.out)
+        self._owned = False
         self._made_parents.clear()
         _sync(self.out.parent)
 
     def _discard(self) -> None:
         """Remove what was not renamed, with the parents that were made for it."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        self._commits.shutdown()
+        if self._owned:
+            shutil.rmtree(self.path, ignore_errors=True)
         for parent in self._made_parents:
             if parent.exists() and not any(parent.iterdir()):
                 parent.rmdir()
+        if self._lock is not None:
+            os.close(self._lock)
 
     def _file_name(self, number: int) -> str:
         count = len(self._shards)
         return "model.safetensors" if count <= 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
 
     def _start_shard(self, file: Path, names: list[str]) -> None:
-        """Write the header and reserve the length; the tensors' bytes are filled in by `add`."""
+        """Write the header and reserve the length, unless a killed run has. `add` fills in the tensors' bytes."""
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         offsets = {}
         end = 0
@@ -120,9 +214,13 @@ class FolderWriter:
             header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [offsets[name], end]}
         raw = json.dumps(header, separators=(",", ":")).encode()
         raw += b" " * (-len(raw) % 8)
-        with open(file, "wb") as shard:
-            shard.write(len(raw).to_bytes(8, "little") + raw)
-            shard.truncate(8 + len(raw) + end)
+        size = 8 + len(raw) + end
+        if self.written.isdisjoint(names) or not file.exists() or file.stat().st_size != size:
+            self.written.difference_update(names)
+            with open(file, "wb") as shard:
+                shard.write(len(raw).to_bytes(8, "little") + raw)
+                shard.truncate(size)
+        self._files |= dict.fromkeys(names, file)
         self._places |= {name: (file, 8 + len(raw) + offset) for name, offset in offsets.items()}
 
     def _write_index(self) -> None:
@@ -132,7 +230,7 @@ class FolderWriter:
                 "total_parameters": sum(sizes),
                 "total_size": sum(_nbytes(*planned) for planned in self.plan.values()),
             },
-            "weight_map": {name: file.name for name, (file, _) in self._places.items()},
+            "weight_map": {name: file.name for name, file in self._files.items()},
         }
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (self.path / "model.safetensors.index.json").write_text(text, encoding="utf-8")
@@ -153,7 +251,8 @@ def preflight(out: str | Path, disk_bytes: int, ram_bytes: int) -> None:
     """Raise UserError unless the disk at `out` has room for `disk_bytes` and the memory for `ram_bytes`."""
     out = Path(out).expanduser().absolute()
     place = next(parent for parent in out.parents if parent.exists())
-    free_disk = shutil.disk_usage(place).free
+    begun = (place / f".{out.name}.partial").glob("*")  # what a killed run has written is continued or removed
+    free_disk = shutil.disk_usage(place).free + sum(path.stat().st_blocks * 512 for path in begun)
     if free_disk < disk_bytes:
         raise UserError(
             f"not enough disk: {_gb(disk_bytes)} needed, {_gb(free_disk)} free",
