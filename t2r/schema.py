@@ -1,9 +1,9 @@
 """The schema of a run: what `t2r run`, `finetune`, `validate` and `plan` read, and which values fit together."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 from t2r.config import find, load
 from t2r.errors import UserError
@@ -31,11 +31,25 @@ class LearningRates:
 
     gates: what GSA adds to decide on writing (f_proj, write, keep). mixer: the q, k, v, o projections and g_norm.
     body: everything else (embeddings, MLPs, norms, head).
+    named: rates for names of tensors, which may be patterns (model.layers.0.*, *norm.weight); the first that fits
+        goes before the groups.
     """
 
     gates: float = 0.0
     mixer: float = 0.0
     body: float = 0.0
+    named: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class LoRAConfig:
+    """Low-rank adapters in place of training whole matrices. rank: of each. alpha: their sum is scaled by alpha / rank.
+    targets: linear layers that get one. Checkpoints hold the sum of weight and adapter.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
 
 
 @dataclass
@@ -57,12 +71,15 @@ class StageConfig:
         teacher's), lm (the next token).
     tokens: to train on. context: tokens of a row. batch_tokens: of one optimizer step, over all processes.
     micro_batch: rows of one forward of one process; the rest of a batch is accumulated.
-    schedule: of the learning rates, after a linear warm-up of warmup_tokens, down to end_lr times the peak.
+    schedule: of the learning rates, after a linear warm-up of warmup_tokens, down to end_lr times the peak; wsd stays
+        at the peak and falls over the last decay_tokens.
+    lora: train adapters of the mixer and body, not these themselves; gates are trained whole.
     weight_decay: of matrices, never of gates, norms and biases. clip: largest gradient norm.
     dtype: of the computation; the weights that are trained are float32 in any case. auto: bfloat16 on a GPU.
     activation_checkpointing: recompute each layer in the backward pass, for less memory.
     validation_tokens: held out tokens to evaluate the stage's loss on, before and after it.
     save_every: optimizer steps between checkpoints, 0: only at the end. keep: how many checkpoints stay.
+    give_up: end the run after so many steps in a row whose loss or gradient is not finite; each is skipped.
     """
 
     kind: Literal["align", "distill", "lm"]
@@ -71,8 +88,10 @@ class StageConfig:
     batch_tokens: int = 32768
     micro_batch: int = 1
     lr: LearningRates = field(default_factory=LearningRates)
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    lora: LoRAConfig | None = None
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     warmup_tokens: int = 0
+    decay_tokens: int = 0
     end_lr: float = 0.1
     weight_decay: float = 0.01
     clip: float = 1.0
@@ -82,6 +101,7 @@ class StageConfig:
     validation_tokens: int = 0
     save_every: int = 0
     keep: int = 1
+    give_up: int = 5
 
     @property
     def rows(self) -> int:
@@ -108,9 +128,17 @@ class DataConfig:
 
 @dataclass
 class DeepSpeedConfig:
-    """zero: what is split over the processes: 0 nothing, 1 optimizer state, 2 also gradients, 3 also weights."""
+    """zero: what is split over the processes: 0 nothing, 1 optimizer state, 2 also gradients, 3 also weights.
+    offload: what lies in the CPU's memory: the optimizer's state, or with zero 3 all, the weights too.
+    teacher: whole on every process, sharded over them, or on the CPU, from where layers are fetched as they are needed.
+    json: a DeepSpeed configuration of your own in place of zero and offload; batch sizes, clipping, optimizer,
+        schedule and dtype in it must be absent or "auto": they are the stages'.
+    """
 
     zero: Literal[0, 1, 2, 3] = 1
+    offload: Literal["none", "optimizer", "all"] = "none"
+    teacher: Literal["whole", "sharded", "cpu"] = "whole"
+    json: str | None = None
 
 
 @dataclass
@@ -165,42 +193,74 @@ def check(config: RunConfig, where: object = None) -> None:
         raise UserError(f"{key} {what}", where=where, nearest=valid)
 
     for i, stage in enumerate(config.stages):
-        key = f"stages.{i}"
-        for name in ("tokens", "context", "micro_batch", "batch_tokens", "clip", "keep"):
-            if getattr(stage, name) <= 0:
-                wrong(f"{key}.{name}", f"is {getattr(stage, name)}, it must be positive")
-        for name in ("warmup_tokens", "validation_tokens", "save_every", "weight_decay", "end_lr"):
-            if getattr(stage, name) < 0:
-                wrong(f"{key}.{name}", f"is {getattr(stage, name)}, it cannot be negative", 0)
-        if stage.context < 2:
-            wrong(f"{key}.context", "is 1: a token needs a next one to predict", 2)
-        row = stage.micro_batch * stage.context
-        if stage.batch_tokens % row:
-            what = f"is {stage.batch_tokens}, no multiple of micro_batch x context = {row}"
-            wrong(f"{key}.batch_tokens", what, max(1, round(stage.batch_tokens / row)) * row)
-        if stage.warmup_tokens > stage.tokens:
-            wrong(f"{key}.warmup_tokens", f"is {stage.warmup_tokens}, more than the stage's {stage.tokens}", 0)
-        for name in ("gates", "mixer", "body"):
-            if not 0 <= getattr(stage.lr, name) <= LARGEST_LR:
-                wrong(f"{key}.lr.{name}", f"is {getattr(stage.lr, name)}", f"0 to {LARGEST_LR:g}")
-        if stage.kind == "align" and stage.lr.body:
-            wrong(f"{key}.lr.body", f"is {stage.lr.body}, but align trains mixers and gates only", 0)
-        if not (stage.lr.gates or stage.lr.mixer or stage.lr.body):
-            wrong(f"{key}.lr", "is 0 for every group: nothing would be trained")
-        if stage.end_lr > 1:
-            wrong(f"{key}.end_lr", f"is {stage.end_lr}, a fraction of the peak", 0.1)
-        if not 0 <= stage.loss.kl <= 1:
-            wrong(f"{key}.loss.kl", f"is {stage.loss.kl}, a weight between 0 (cross-entropy) and 1", 1)
-        if stage.loss.temperature <= 0 or stage.loss.chunk < 1:
-            wrong(f"{key}.loss", "needs a positive temperature and chunk")
-        if stage.validation_tokens and not config.data.validation:
-            wrong(f"{key}.validation_tokens", "needs data.validation")
-        if 0 < stage.validation_tokens < stage.context:
-            wrong(f"{key}.validation_tokens", f"is less than a row of {stage.context}", stage.context)
+        check_stage(stage, config, f"stages.{i}", wrong)
     if config.stages and not config.data.train:
         wrong("data.train", "is empty, but there are stages to train")
+    check_deepspeed(config.deepspeed, wrong)
     if config.compare and config.compare.limit is not None and config.compare.limit < 1:
         wrong("compare.limit", f"is {config.compare.limit}, it must be positive")
+
+
+def check_stage(stage: StageConfig, config: RunConfig, key: str, wrong: Callable[..., NoReturn]) -> None:
+    for name in ("tokens", "context", "micro_batch", "batch_tokens", "clip", "keep", "give_up"):
+        if getattr(stage, name) <= 0:
+            wrong(f"{key}.{name}", f"is {getattr(stage, name)}, it must be positive")
+    for name in ("warmup_tokens", "decay_tokens", "validation_tokens", "save_every", "weight_decay", "end_lr"):
+        if getattr(stage, name) < 0:
+            wrong(f"{key}.{name}", f"is {getattr(stage, name)}, it cannot be negative", 0)
+    if stage.context < 2:
+        wrong(f"{key}.context", "is 1: a token needs a next one to predict", 2)
+    row = stage.micro_batch * stage.context
+    if stage.batch_tokens % row:
+        what = f"is {stage.batch_tokens}, no multiple of micro_batch x context = {row}"
+        wrong(f"{key}.batch_tokens", what, max(1, round(stage.batch_tokens / row)) * row)
+    if stage.warmup_tokens > stage.tokens:
+        wrong(f"{key}.warmup_tokens", f"is {stage.warmup_tokens}, more than the stage's {stage.tokens}", 0)
+    if (stage.schedule == "wsd") != (stage.decay_tokens > 0):
+        what = f"is {stage.decay_tokens} with schedule {stage.schedule}: wsd, and only wsd, has a decay of its own"
+        wrong(f"{key}.decay_tokens", what, stage.tokens // 10 if stage.schedule == "wsd" else 0)
+    if stage.warmup_tokens + stage.decay_tokens > stage.tokens:
+        what = f"is {stage.decay_tokens}, more than the warm-up leaves of {stage.tokens}"
+        wrong(f"{key}.decay_tokens", what, stage.tokens - stage.warmup_tokens)
+    check_rates(stage, key, wrong)
+    if stage.end_lr > 1:
+        wrong(f"{key}.end_lr", f"is {stage.end_lr}, a fraction of the peak", 0.1)
+    if not 0 <= stage.loss.kl <= 1:
+        wrong(f"{key}.loss.kl", f"is {stage.loss.kl}, a weight between 0 (cross-entropy) and 1", 1)
+    if stage.loss.temperature <= 0 or stage.loss.chunk < 1:
+        wrong(f"{key}.loss", "needs a positive temperature and chunk")
+    if stage.validation_tokens and not config.data.validation:
+        wrong(f"{key}.validation_tokens", "needs data.validation")
+    if 0 < stage.validation_tokens < stage.context:
+        wrong(f"{key}.validation_tokens", f"is less than a row of {stage.context}", stage.context)
+
+
+def check_rates(stage: StageConfig, key: str, wrong: Callable[..., NoReturn]) -> None:
+    rates = {name: getattr(stage.lr, name) for name in ("gates", "mixer", "body")}
+    for name, rate in [*rates.items(), *((f"named.{name}", rate) for name, rate in stage.lr.named.items())]:
+        if not 0 <= rate <= LARGEST_LR:
+            wrong(f"{key}.lr.{name}", f"is {rate}", f"0 to {LARGEST_LR:g}")
+    if stage.kind == "align" and stage.lr.body:
+        wrong(f"{key}.lr.body", f"is {stage.lr.body}, but align trains mixers and gates only", 0)
+    if not any([*rates.values(), *stage.lr.named.values()]):
+        wrong(f"{key}.lr", "is 0 for every group: nothing would be trained")
+    if stage.lora:
+        if stage.lora.rank < 1 or stage.lora.alpha <= 0:
+            wrong(f"{key}.lora", "needs a positive rank and alpha")
+        if not stage.lora.targets:
+            wrong(f"{key}.lora.targets", "is empty: no layer would get an adapter", "null in place of lora")
+        if not (stage.lr.mixer or stage.lr.body):
+            wrong(f"{key}.lora", "has lr.mixer and lr.body 0: no adapter would be trained", "lora: null")
+
+
+def check_deepspeed(config: DeepSpeedConfig, wrong: Callable[..., NoReturn]) -> None:
+    default = DeepSpeedConfig()
+    if config.json is not None and (config.zero, config.offload) != (default.zero, default.offload):
+        wrong("deepspeed.json", "replaces zero and offload: set these in the json")
+    if config.offload != "none" and not config.zero:
+        wrong("deepspeed.offload", f"is {config.offload}, but zero is 0, which splits nothing off", "none")
+    if config.offload == "all" and config.zero != 3:
+        wrong("deepspeed.offload", f"is all, but zero is {config.zero}: only zero 3 can move weights", "optimizer")
 
 
 def with_device(config: RunConfig) -> RunConfig:

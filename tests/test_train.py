@@ -23,16 +23,9 @@ from t2r.modeling.attention import GSAttention
 from t2r.modeling.configuration import CONFIG_CLASSES, GSAConfig, preset
 from t2r.schema import LearningRates, LossConfig, RunConfig, StageConfig
 from t2r.train import engine, finetune
-from t2r.train.stages import (
-    STAGES,
-    Align,
-    attention_lessons,
-    group_of,
-    hidden_states,
-    learning_rate,
-    parameter_groups,
-    sums,
-)
+from t2r.train.parameters import group_of, learning_rate, parameter_groups, train_offsets
+from t2r.train.sharding import Group
+from t2r.train.stages import STAGES, Align, attention_lessons, hidden_states, sums
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {
@@ -151,10 +144,12 @@ def test_every_family_trains_from_an_exact_start(name):
     """Documents that fit the slots: the student is its teacher, in all three losses, each read as the model's own."""
     sizes = SIZES | ({"logits_scaling": 3.0, "residual_multiplier": 0.5} if name == "granite" else {})
     torch.manual_seed(0)
-    teacher = AutoModelForCausalLM.from_config(CONFIG_MAPPING[name](**sizes)).eval()
+    teacher = AutoModelForCausalLM.from_config(CONFIG_MAPPING[name](**sizes)).double().eval()
     gsa = preset("exact", slots=16, sinks=3).to_dict()
-    student = AutoModelForCausalLM.from_config(CONFIG_CLASSES[name](**sizes, gsa=gsa))
+    student = AutoModelForCausalLM.from_config(CONFIG_CLASSES[name](**sizes, gsa=gsa)).double().eval()
     student.load_state_dict(teacher.state_dict(), strict=False)
+    for model in (teacher, student):
+        model.set_experts_implementation("eager")  # the default one knows no float64
     batch = batch_of([[10, 6, 14], [16, 14]])
     losses = {kind: STAGES[kind](replace(STAGE, kind=kind)).loss(student, teacher, batch) for kind in STAGES}
     assert losses["align"][0].item() < 1e-8 and losses["distill"][1]["kl"].item() < 1e-8
@@ -203,7 +198,7 @@ def test_activation_checkpointing_changes_no_gradient(kind):
 
 def test_groups_of_parameters():
     student = student_model(output_norm=True)
-    engine.train_offsets(student)
+    train_offsets(student)
     groups = parameter_groups(student, replace(STAGE, lr=LearningRates(3e-3, 1e-3, 0.0)))
     assert {(g["name"], g["peak"], g["weight_decay"]) for g in groups} == {
         ("gates", 3e-3, 0.0),
@@ -431,9 +426,8 @@ def test_bfloat16_follows_float32_and_keeps_the_clock_fine(straight, start, conf
 
 
 def test_a_bfloat16_teacher_keeps_its_rotary_frequencies(tiny_llama):
-    cast, plain = (
-        finetune.load_teacher(str(tiny_llama), torch.device("cpu"), d) for d in (torch.bfloat16, torch.float32)
-    )
+    settings, group = RunConfig(str(tiny_llama)), Group(0, 1, torch.device("cpu"))
+    cast, plain = (finetune.load_teacher(settings, group, dtype) for dtype in (torch.bfloat16, torch.float32))
     assert {p.dtype for p in cast.parameters()} == {torch.bfloat16}
     assert not any(p.requires_grad for p in cast.parameters())
     buffers = dict(plain.named_buffers())

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
@@ -26,27 +24,49 @@ from t2r.env import env
 from t2r.errors import UserError
 from t2r.families import FAMILIES
 from t2r.schema import ConvertConfig, RunConfig, StageConfig, load_run, with_device
-from t2r.train.engine import compute_dtype, join_group, require_deepspeed, train
+from t2r.train.engine import train
+from t2r.train.launch import LOGS, Machines, check_machines, launch, launch_by_ssh
+from t2r.train.sharding import (
+    Group,
+    compute_dtype,
+    engine_config,
+    join_group,
+    require_deepspeed,
+    shard_teacher,
+    zero_stage,
+)
 from t2r.train.stages import STAGES
 
 CONFIG, START, MODEL = "config.yaml", "start", "model"
+HERE = Machines()
+NODE = "T2R_NODE"  # in the environment: the number of this machine, before its processes have ranks
 
 
-def finetune(config: str, overrides: Sequence[str] = (), model: str | None = None, out: str | None = None) -> None:
+def finetune(
+    config: str,
+    overrides: Sequence[str] = (),
+    model: str | None = None,
+    out: str | None = None,
+    **machines: int | str | None,
+) -> None:
     """Train through the stages of `config` (a file or a shipped name) with `key=value` overrides.
 
     model: a converted folder to begin with; None: convert the config's source first. out: the run's folder, default
     runs/NAME. It gets config.yaml, env.json, a folder for each stage, and `model`, a link to the result. An unfinished
-    run goes on where it stopped.
+    run goes on where it stopped. machines: the fields of launch.Machines.
     Raises UserError for whatever the user can mend.
     """
+    where = Machines(**machines)
+    check_machines(where)
+    if where.node:
+        os.environ[NODE] = str(where.node)
     settings = resolve_run(config, overrides)
     if not settings.stages:
         raise UserError("there are no stages to train", where=config, nearest="stages: [{kind: align, ...}]")
     if model:
         check_converted(Path(model), settings)
     folder = open_folder(settings, out or f"runs/{Path(config).stem}", MODEL)
-    train_stages(settings, folder, model)
+    train_stages(settings, folder, model, where)
     say(f"wrote {folder / MODEL}")
 
 
@@ -60,7 +80,9 @@ def resolve_run(config: str, overrides: Sequence[str]) -> RunConfig:
                 next(source.documents(settings.data.field), None)
         require_deepspeed(settings.device)
     for i, stage in enumerate(settings.stages):
-        if compute_dtype(stage, settings.device) == torch.bfloat16 and not settings.deepspeed.zero:
+        dtype = compute_dtype(stage, settings.device)
+        engine_config(settings.deepspeed, stage, dtype, world=1)
+        if dtype == torch.bfloat16 and not zero_stage(settings.deepspeed):
             what = f"deepspeed.zero is 0, which keeps no float32 weights beside the bfloat16 ones of stages.{i}"
             raise UserError(what, nearest="deepspeed.zero=1")
     return replace(settings, variants={})
@@ -103,14 +125,22 @@ def open_folder(settings: RunConfig, out: str, result: str) -> Path:
     return folder
 
 
-def train_stages(settings: RunConfig, folder: Path, model: str | None = None) -> None:
-    """The stages in order, each in folder/N-KIND; then folder/model links to the result of the last."""
+def train_stages(settings: RunConfig, folder: Path, model: str | None = None, where: Machines = HERE) -> None:
+    """The stages in order, each in folder/N-KIND; then folder/model links to the result of the last.
+
+    In this process if it is one of a launch, or the only one needed; else in processes that it starts.
+    """
     start = Path(model) if model else folder / START
     if not model:
         wait_for(start, lambda: make_start(settings.source, settings.convert, start))
-    gpus = torch.cuda.device_count() if settings.device == "cuda" else 1
-    if gpus > 1 and "RANK" not in os.environ:
-        launch(gpus, folder, start)
+    options = {"--config": folder / CONFIG, "--model": start, "--out": folder}
+    again = ["finetune", *(word for name, path in options.items() for word in (name, str(path.absolute())))]
+    if where.hostfile:
+        launch_by_ssh(again, where.hostfile)
+        return
+    processes = where.processes or (torch.cuda.device_count() if settings.device == "cuda" else 1)
+    if processes * where.nodes > 1 and "RANK" not in os.environ:
+        launch(again, processes, where, folder / LOGS)
         return
     result = run_stages(settings, folder, start)
     link = folder / MODEL
@@ -121,7 +151,7 @@ def train_stages(settings: RunConfig, folder: Path, model: str | None = None) ->
 def run_stages(settings: RunConfig, folder: Path, start: Path) -> Path:
     """All stages in this process, one of a group if a launcher says so. Returns the last result."""
     transformers.utils.logging.disable_progress_bar()
-    rank, world, device = join_group(settings.device)
+    group = join_group(settings.device)
     tokenizer, data = open_source(start).load_tokenizer(), settings.data
     needed = max(stage.tokens + stage.context for stage in settings.stages)
     train_tokens = tokenise(data.train, tokenizer, data.field, data.cache, needed)
@@ -129,14 +159,14 @@ def run_stages(settings: RunConfig, folder: Path, start: Path) -> Path:
     validation_tokens = tokenise(data.validation, tokenizer, data.field, data.cache, held_out) if held_out else None
     teacher = teacher_dtype = None
     for i, stage in enumerate(settings.stages):
-        check_split(stage, world, i)
-        dtype = compute_dtype(stage, device.type)
+        check_split(stage, group.world, i)
+        dtype = compute_dtype(stage, group.device.type)
         if STAGES[stage.kind].needs_teacher and teacher_dtype != dtype:
-            teacher, teacher_dtype = load_teacher(settings.source, device, dtype), dtype
+            teacher, teacher_dtype = load_teacher(settings, group, dtype), dtype
         rows = Rows(train_tokens, stage.context, settings.seed + i)
         validation = Rows(validation_tokens, stage.context, name="data.validation") if held_out else None
         out = folder / f"{i + 1}-{stage.kind}"
-        start = train(settings, stage, start, teacher, rows, validation, out, rank, world, device)
+        start = train(settings, stage, start, teacher, rows, validation, out, group)
     return start
 
 
@@ -146,12 +176,15 @@ def teacher_source(source: str) -> Source:
     return open_source(source)
 
 
-def load_teacher(source: str, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
-    """The source itself, frozen. Its weights are cast, its buffers are not: rotary frequencies need float32."""
-    teacher = load_source(teacher_source(source)).requires_grad_(False)
+def load_teacher(settings: RunConfig, group: Group, dtype: torch.dtype) -> torch.nn.Module:
+    """The source itself, frozen, whole or sharded. Its weights are cast, its buffers are not: rotary frequencies need
+    float32."""
+    teacher = load_source(teacher_source(settings.source)).requires_grad_(False).eval()
     for parameter in teacher.parameters():
         parameter.data = parameter.data.to(dtype)
-    return teacher.to(device)
+    if settings.deepspeed.teacher != "whole":
+        return shard_teacher(teacher, settings.deepspeed, dtype, group)
+    return teacher.to(group.device)
 
 
 def check_split(stage: StageConfig, world: int, i: int) -> None:
@@ -179,18 +212,9 @@ def make_start(source: str, c: ConvertConfig, out: Path) -> None:
     convert(source, str(out), c.preset, c.slots, c.sinks, c.dtype, verify=c.verify)
 
 
-def launch(gpus: int, folder: Path, start: Path) -> None:
-    """The same run in one process for each GPU of this machine. Raises UserError when they fail."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"]
-    again = ["-m", "t2r", "finetune", "--config", folder / CONFIG, "--model", start, "--out", folder]
-    code = subprocess.run([*torchrun, *map(str, again)]).returncode
-    if code:
-        raise UserError(f"the training processes ended with code {code}", where=folder)
-
-
 def is_first() -> bool:
     """Whether this process, of all that share a disk, is the one to write."""
-    return os.environ.get("RANK", "0") == "0"
+    return os.environ.get("RANK", os.environ.get(NODE, "0")) == "0"
 
 
 def wait_for(path: Path, make: Callable[[], None]) -> None:

@@ -4,7 +4,6 @@ A stage is `loss(student, teacher, batch) -> (loss, metrics)`: both models are c
 this forward's part of the mean over the optimizer step (Batch.share), metrics are detached scalars.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -17,7 +16,6 @@ from t2r.families import FAMILIES
 from t2r.modeling.attention import GSAttention
 from t2r.schema import StageConfig
 
-GATES = ("f_proj", "write", "keep")
 Loss = tuple[Tensor, dict[str, Tensor]]
 Head = Callable[[Tensor], Tensor]
 
@@ -123,8 +121,16 @@ def hidden_states(model, batch: Batch) -> Tensor:
 
 def head(model) -> Head:
     """Hidden states -> logits, as the causal LM itself does it."""
-    scaling = getattr(model.config, "logits_scaling", 1.0)  # granite's
-    return lambda hidden: model.lm_head(hidden) / scaling
+    config = model.config
+    scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)  # cohere's, granite's
+    cap = getattr(config, "final_logit_softcapping", None)  # gemma's
+
+    def logits(hidden: Tensor) -> Tensor:
+        plain = model.lm_head(hidden)
+        plain = plain if scale == 1 else plain * scale
+        return plain if cap is None else torch.tanh(plain / cap) * cap
+
+    return logits
 
 
 def sums(
@@ -164,40 +170,3 @@ def sums(
 def recomputed(function: Callable, *args):
     """function(*args), computed again in the backward pass. It draws no random numbers, so none are kept."""
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
-
-
-def group_of(name: str) -> str:
-    """Which LearningRates field a parameter belongs to, by its name in the model."""
-    parts = name.split(".")
-    if any(part in GATES for part in parts):
-        return "gates"
-    return "mixer" if "self_attn" in parts else "body"
-
-
-def parameter_groups(student: nn.Module, config: StageConfig) -> list[dict]:
-    """Optimizer groups of the student's parameters, and requires_grad set: a learning rate of 0 freezes.
-
-    Weight decay is for matrices only, never for gates. Each group has its `name`, peak learning rate `peak` and `lr`.
-    """
-    groups = {}
-    for name, parameter in student.named_parameters():
-        kind = group_of(name)
-        peak = getattr(config.lr, kind)
-        parameter.requires_grad_(peak > 0)
-        if peak > 0:
-            decay = config.weight_decay if parameter.dim() >= 2 and kind != "gates" else 0.0
-            group = {"params": [], "name": kind, "peak": peak, "lr": peak, "weight_decay": decay}
-            groups.setdefault((kind, decay), group)["params"].append(parameter)
-    return list(groups.values())
-
-
-def learning_rate(config: StageConfig, step: int) -> float:
-    """Fraction of the peak in optimizer step `step`, counted from 0."""
-    warmup = config.warmup_tokens // config.batch_tokens
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    if config.schedule == "constant":
-        return 1.0
-    done = (step - warmup) / max(1, config.steps - warmup)
-    shape = 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1 - done
-    return config.end_lr + (1 - config.end_lr) * shape
