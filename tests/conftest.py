@@ -76,3 +76,45 @@ def tiny_llama(tmp_path_factory) -> Path:
             torch.nn.init.normal_(parameter, std=0.2)
     model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="80KB")
     return folder
+
+
+SIZES = dict(
+    vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """tiny(config_class, dtype, **options): a random model whose norms and biases are no constants."""
+
+    def make(config_class=None, dtype=torch.float32, **options):
+        from transformers import AutoModelForCausalLM, LlamaConfig
+
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config((config_class or LlamaConfig)(**{**SIZES, **options}))
+        for parameter in model.parameters():  # norms and biases start as constants, which would hide a mix-up
+            torch.nn.init.normal_(parameter, std=0.1)
+        return model.to(dtype).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def fault():
+    """fault(source, *fragments): opening it fails with one line that holds all of them, and changes nothing on disk."""
+    from t2r.convert.source import open_source
+    from t2r.errors import UserError
+
+    def check(src, *fragments):
+        folder = Path(src).parent
+        before = sorted(map(str, folder.rglob("*"))) if folder.is_dir() else []
+        with pytest.raises(UserError) as error:
+            open_source(src)
+        message = str(error.value)
+        assert "\n" not in message
+        for fragment in fragments:
+            assert fragment in message, message
+        assert before == (sorted(map(str, folder.rglob("*"))) if folder.is_dir() else [])
+
+    return check

@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from t2r.cli import main
 from t2r.convert import convert, writer
@@ -36,12 +36,6 @@ def converted(tiny_llama, tmp_path_factory):
     return out
 
 
-@pytest.fixture
-def damaged(tiny_llama, tmp_path):
-    """A copy of the source to damage."""
-    return shutil.copytree(tiny_llama, tmp_path / "source")
-
-
 def edit_tensor(folder, name, edit):
     """Change one tensor of a checkpoint where it is stored."""
     index = folder / "model.safetensors.index.json"
@@ -57,7 +51,7 @@ def test_real_smollm2_becomes_an_rnn_that_talks(tmp_path, capfd):
     out = tmp_path / "smollm2-gsa"
     assert main(["convert", SMOLLM2, str(out)]) == 0
     printed = capfd.readouterr().out
-    assert "272 transformed, 90 new" in printed and printed.count("\nok ") == 8 and "\nverified\n" in printed
+    assert "272 transformed, 90 new" in printed and printed.count("\nok ") == 10 and "\nverified\n" in printed
 
     tensors = load_file(out / "model.safetensors")
     assert {x.dtype for x in tensors.values()} == {torch.float32}  # a dequantised GGUF is not rounded
@@ -259,53 +253,6 @@ def test_a_killed_conversion_goes_on(tiny_llama, tmp_path, capfd, monkeypatch):
     for path in whole.iterdir():
         assert path.read_bytes() == (out / path.name).read_bytes(), path.name
     assert len(list(out.iterdir())) == len(list(whole.iterdir()))
-
-
-def unknown_architecture(source):
-    shutil.rmtree(source)
-    GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=32, n_layer=1, n_head=2)).save_pretrained(source)
-
-
-def change_config(**values):
-    def edit(source):
-        config = json.loads((source / "config.json").read_text())
-        (source / "config.json").write_text(json.dumps(config | values))
-
-    return edit
-
-
-def in_tensor(name, edit):
-    return lambda source: edit_tensor(source, name, edit)
-
-
-def nan(tensor):
-    tensor[0] = float("nan")
-    return tensor
-
-
-BAD_SOURCES = {
-    "a missing shard": (lambda s: next(s.glob("*00002*")).unlink(), "is missing"),
-    "a truncated shard": (lambda s: next(s.glob("*00002*")).write_bytes(b"\x10\0\0\0\0\0\0\0{}"), "truncated"),
-    "another architecture": (unknown_architecture, "cannot convert architecture 'gpt2'"),
-    "no tokenizer": (lambda s: [f.unlink() for f in s.glob("tokenizer*")], "no tokenizer"),
-    "NaN": (in_tensor("model.norm.weight", nan), "model.norm.weight holds NaN"),
-    "a wrong size": (change_config(intermediate_size=32), "model.layers.0.mlp.down_proj.weight has shape [48, 64]"),
-    "a missing layer": (change_config(num_hidden_layers=3), "model.layers.2.self_attn.q_proj.weight is missing"),
-    "a layer too many": (change_config(num_hidden_layers=1), "it would be dropped"),
-    "a bias too many": (change_config(attention_bias=False), "it would be dropped"),
-    "a tie that is none": (change_config(tie_word_embeddings=True), "lm_head.weight differs"),
-}
-
-
-@pytest.mark.parametrize("fault", BAD_SOURCES)
-def test_bad_sources_end_in_one_line(damaged, tmp_path, capfd, fault):
-    damage, message = BAD_SOURCES[fault]
-    damage(damaged)
-    capfd.readouterr()
-    assert main(["convert", str(damaged), str(tmp_path / "out")]) == 2
-    err = capfd.readouterr().err
-    assert message in err and err.count("\n") == 1 and "Traceback" not in err
-    assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
 def test_bad_arguments_end_in_one_line(tiny_llama, converted, tmp_path, capfd, monkeypatch):

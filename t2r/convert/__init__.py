@@ -8,6 +8,17 @@ import sys
 import time
 from contextlib import contextmanager
 
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "max_position_embeddings",
+)
+
 
 def convert(
     source: str,
@@ -40,6 +51,7 @@ def convert(
     if not dry_run:
         check_absent(out)
     opened = open_source(source)
+    check_config(opened)
     plan = make_plan(opened, preset, slots, sinks, dtype)
     print(plan, flush=True)
     if dry_run:
@@ -63,6 +75,34 @@ def convert(
             if not report.passed:
                 raise UserError(f"the result does not equal its source: {report.failed[0].name}", where=source)
     print(f"wrote {out}")
+
+
+def check_config(source) -> None:
+    """UserError unless transformers can build the model that the source's config describes."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from t2r.convert.source import first_line
+    from t2r.errors import UserError
+
+    config = source.config
+    for name in SIZES:
+        if isinstance(size := getattr(config, name, None), int) and size < 1:
+            raise UserError(f"{name} is {size}", where=source.path)
+    heads, kv_heads = (getattr(config, f"num_{kind}_heads", None) or 1 for kind in ("attention", "key_value"))
+    if heads % kv_heads:
+        raise UserError(f"{heads} attention heads cannot share {kv_heads} key-value heads evenly", where=source.path)
+    layers, tensors = getattr(config, "num_hidden_layers", 1), len(source.names())
+    if layers > tensors:  # before a model of a billion layers is built
+        raise UserError(f"the config asks for {layers} layers, but there are only {tensors} tensors", where=source.path)
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        return
+    try:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(config)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        what = f"the config describes no model: {type(error).__name__}: {first_line(error)}"
+        raise UserError(what, where=source.path) from error
 
 
 @contextmanager

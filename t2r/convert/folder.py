@@ -13,6 +13,7 @@ from t2r.convert.source import (
     Reader,
     Source,
     Stored,
+    each_once,
     first_line,
     load_config,
     load_tokenizer,
@@ -44,6 +45,9 @@ class FolderSource(Source):
         for key, tensor in stored.items():
             if DERIVED.search(key):
                 self.ignored[key] = "a buffer that the model computes from its config"
+            elif not tensor.dtype.is_floating_point:
+                name = str(tensor.dtype).removeprefix("torch.")
+                raise UserError(f"tensor {key} has dtype {name}, which no weight has", where=tensor.file)
             else:
                 self._stored[key if key.startswith("lm_head.") else prefix + key] = tensor
 
@@ -89,6 +93,9 @@ class FolderSource(Source):
                     both = f"{tensors[key].file.name} and {file}"
                     raise UserError(f"tensor {key} is in two shards: {both}", where=self.path)
                 tensors[key] = stored
+        for key, tensor in tensors.items():
+            if index and key not in index and not DERIVED.search(key):
+                raise UserError(f"tensor {key} of {tensor.file.name} is not in the index", where=self.path / found)
         for key, file in index.items():
             if key not in tensors or tensors[key].file != self.path / file:
                 raise UserError(f"tensor {key} is not in {file}, where the index places it", where=self.path / found)
@@ -121,7 +128,7 @@ def _scan_safetensors(path: Path) -> dict[str, Stored]:
             raise _truncated(path, size, data)
         raw = file.read(header_size)
     try:
-        header = json.loads(raw)
+        header = json.loads(raw, object_pairs_hook=each_once)
         header.pop("__metadata__", None)
         end = data + max((entry["data_offsets"][1] for entry in header.values()), default=0)
         if size < end:

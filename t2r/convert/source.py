@@ -38,15 +38,24 @@ def open_source(src: str | Path) -> "Source":
     from t2r.convert.locate import locate
 
     path = locate(str(src))
+    try:
+        return _open(str(src), path)
+    except OSError as error:
+        raise UserError(
+            f"cannot be read: {error.strerror or first_line(error)}", where=error.filename or path
+        ) from error
+
+
+def _open(spec: str, path: Path) -> "Source":
     if path.is_file() and path.suffix != ".gguf":
         raise UserError(f"{path} is neither a folder nor a .gguf file", next=f"t2r convert {quote(path.parent)} OUT")
     if path.is_file():
         from t2r.convert.gguf import GgufSource
 
-        return GgufSource(str(src), path)
+        return GgufSource(spec, path)
     from t2r.convert.folder import FolderSource
 
-    return FolderSource(str(src), path)
+    return FolderSource(spec, path)
 
 
 @dataclass(frozen=True)
@@ -85,8 +94,12 @@ class Reader:
             self._hash_up_to(offset)
         data = torch.empty(size, dtype=torch.uint8)
         view = memoryview(data.numpy())
-        self._file.seek(offset)
-        if self._file.readinto(view) != size:
+        try:
+            self._file.seek(offset)
+            count = self._file.readinto(view)
+        except OSError as error:
+            raise UserError(f"tensor {what} cannot be read: {error.strerror}", where=self.path) from error
+        if count != size:
             raise UserError(f"tensor {what} ends early: the file changed while it was read", where=self.path)
         if self._sha256:
             self._sha256.update(view)
@@ -199,7 +212,7 @@ def load_config(path: Path, gguf_file: str | None = None):
             method = quantised.get("quant_method", "unnamed method")
             raise UserError(f"the weights are quantised ({method}); only plain weights and GGUF are read", where=where)
         return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False, **options)
-    except (StrictDataclassError, OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+    except (StrictDataclassError, ArithmeticError, OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         cause = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
         raise UserError(f"the config cannot be used: {first_line(cause)}", where=where) from error
 
@@ -219,12 +232,20 @@ def load_tokenizer(path: Path, gguf_file: str | None = None):
 def read_json(path: Path) -> dict:
     """A JSON file that holds an object. Raises UserError."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=each_once)
     except (OSError, ValueError) as error:
         raise UserError(f"{path.name} is not readable JSON: {first_line(error)}", where=path) from error
     if not isinstance(value, dict):
         raise UserError(f"{path.name} holds {type(value).__name__}, not an object", where=path)
     return value
+
+
+def each_once(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object, or ValueError if a key is there twice, of which json.loads would keep the last."""
+    keys = [key for key, _ in pairs]
+    if len(set(keys)) < len(keys):
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)} is there twice")
+    return dict(pairs)
 
 
 def first_line(error: BaseException) -> str:
