@@ -1,4 +1,4 @@
-"""Each way in which a source can be wrong ends `t2r convert` with one line that names the fault: nothing is left behind,
+"""Each way a source can be wrong ends `t2r convert` with one line that names the fault. Nothing is left behind,
 nothing of the source changes, no code in it runs."""
 
 import json
