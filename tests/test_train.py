@@ -1,275 +1,31 @@
-"""Training: the losses against their formulas, the loop against itself interrupted, sharded and failing."""
+"""The loop: against itself interrupted, killed, sharded, out of disk and failing."""
 
 import json
 import os
+import random
+import resource
+import signal
 import subprocess
 import sys
-from dataclasses import replace
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from t2r.config import load
 from t2r.convert import convert
 from t2r.convert.source import open_source
-from t2r.data.packing import UNLABELLED, Batch
 from t2r.errors import UserError
-from t2r.families import FAMILIES
-from t2r.modeling.attention import GSAttention
-from t2r.modeling.configuration import CONFIG_CLASSES, GSAConfig, preset
-from t2r.schema import LearningRates, LossConfig, RunConfig, StageConfig
+from t2r.schema import RunConfig
 from t2r.train import engine, finetune
-from t2r.train.parameters import group_of, learning_rate, parameter_groups, train_offsets
+from t2r.train.log import read
+from t2r.train.parameters import group_of
 from t2r.train.sharding import Group
-from t2r.train.stages import STAGES, Align, attention_lessons, hidden_states, sums
+from t2r.train.stages import STAGES
 
 ROOT = Path(__file__).resolve().parents[1]
-SIZES = {
-    "vocab_size": 96, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 6,
-    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, "initializer_range": 0.2,
-    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
-STAGE = StageConfig("align", tokens=10**6, lr=LearningRates(1e-3, 1e-3, 1e-3), loss=LossConfig(kl=0.7, temperature=2.0))
-
-
-def teacher_model():
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
-
-
-def student_model(**changes):
-    gsa = GSAConfig(**(preset("exact", slots=16, sinks=3).to_dict() | changes))
-    model = AutoModelForCausalLM.from_config(CONFIG_CLASSES["llama"](**SIZES, gsa=gsa.to_dict()))
-    model.load_state_dict(teacher_model().state_dict(), strict=False)
-    return model
-
-
-def batch_of(lengths, seed=0):
-    """Rows of documents, lengths[row][document]; the last document of a row ends with it."""
-    B, T = len(lengths), sum(lengths[0])
-    ids = torch.randint(3, 96, (B, T + 1), generator=torch.Generator().manual_seed(seed))
-    labels, positions, bounds = ids[:, 1:].clone(), [], [0]
-    for row, documents in enumerate(lengths):
-        end = 0
-        for n in documents:
-            end += n
-            labels[row, end - 1] = UNLABELLED
-            bounds.append(bounds[-1] + n)
-        positions.append(torch.cat([torch.arange(n) for n in documents]))
-    share = torch.tensor(float((labels != UNLABELLED).sum()))
-    return Batch(ids[:, :-1], labels, torch.stack(positions), torch.tensor(bounds), share)
-
-
-def alone(batch):
-    """Each document of a batch as a batch of its own."""
-    for begin, end in zip(batch.cu_seqlens.tolist(), batch.cu_seqlens.tolist()[1:], strict=False):
-        cut = [x.flatten()[None, begin:end] for x in (batch.input_ids, batch.labels, batch.position_ids)]
-        yield Batch(*cut, torch.tensor([0, end - begin]), torch.tensor(1.0))
-
-
-PACKED = [[20, 1, 19], [7, 33]]
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 80, 1000])
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_chunked_sums_are_the_plain_formulas(chunk, temperature):
-    torch.manual_seed(0)
-    head, teacher_head = torch.nn.Linear(16, 50, bias=False), torch.nn.Linear(12, 50)
-    hidden, theirs = torch.randn(2, 40, 16, requires_grad=True), torch.randn(2, 40, 12)
-    labels = torch.randint(0, 50, (2, 40))
-    labels[0, ::5] = UNLABELLED
-    kl, ce = sums(head, hidden, labels, chunk, teacher_head, theirs, temperature)
-    gradients = torch.autograd.grad(0.7 * kl + 0.3 * ce, [hidden, head.weight])
-    logits, target = head(hidden), log_softmax(teacher_head(theirs) / temperature, -1)
-    plain_kl = kl_div(log_softmax(logits / temperature, -1), target, log_target=True, reduction="sum") * temperature**2
-    plain_ce = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=UNLABELLED, reduction="sum")
-    plain_gradients = torch.autograd.grad(0.7 * plain_kl + 0.3 * plain_ce, [hidden, head.weight])
-    assert kl.item() == pytest.approx(plain_kl.item(), rel=1e-5)
-    assert ce.item() == pytest.approx(plain_ce.item(), rel=1e-5)
-    for ours, plain in zip(gradients, plain_gradients, strict=True):
-        assert torch.allclose(ours, plain, rtol=1e-4, atol=1e-5)
-    alone, ce = sums(head, hidden, labels, chunk)
-    assert alone.item() == 0 and ce.item() == pytest.approx(plain_ce.item(), rel=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["distill", "lm"])
-def test_a_packed_loss_is_that_of_the_documents_alone(kind):
-    """Teacher and student see each document as if it were the only one: contexts, positions, clocks, labels."""
-    student, teacher = student_model(), teacher_model()
-    stage = STAGES[kind](replace(STAGE, kind=kind))
-    batch = batch_of(PACKED)
-    loss, metrics = stage.loss(student, teacher, batch)
-    want = {"kl": 0.0, "ce": 0.0}
-    for document in alone(batch):
-        _, parts = stage.loss(student, teacher, document)
-        want["ce"] += parts["ce"].item() / batch.share.item()
-        if "kl" in parts:
-            want["kl"] += parts["kl"].item() * document.labels.numel() / batch.labels.numel()
-    assert metrics["ce"].item() == pytest.approx(want["ce"], rel=1e-4)
-    if kind == "distill":
-        assert metrics["kl"].item() == pytest.approx(want["kl"], rel=1e-3)
-        assert loss.item() == pytest.approx(0.7 * want["kl"] + 0.3 * want["ce"], rel=1e-4)
-
-
-def test_packed_align_is_the_relative_error_of_the_documents_alone():
-    student, teacher = student_model(), teacher_model()
-    batch = batch_of(PACKED)
-    loss, _ = Align(STAGE).loss(student, teacher, batch)
-    documents = list(alone(batch))
-    for document, (begin, end) in zip(documents, [(0, 20), (20, 21), (21, 40), (40, 47), (47, 80)], strict=True):
-        assert torch.equal(document.input_ids[0], batch.input_ids.flatten()[begin:end])
-    errors = torch.zeros(2, 2, 2)  # row, layer, (difference, target)
-    for document, row in zip(documents, [0, 0, 0, 1, 1], strict=True):
-        for layer, (x, rotary, target) in enumerate(attention_lessons(teacher, document)):
-            mixer = student.model.layers[layer].self_attn
-            output = mixer(x, position_embeddings=rotary)[0]
-            errors[row, layer] += torch.stack([(output - target).square().sum(), target.square().sum()]).detach()
-    want = (errors[..., 0] / errors[..., 1]).mean()
-    assert loss.item() == pytest.approx(want.item(), rel=1e-4)
-    assert loss.item() > 1e-3
-
-
-def test_our_mask_is_what_transformers_builds_from_positions():
-    teacher, batch = teacher_model(), batch_of(PACKED)
-    theirs = teacher.model(batch.input_ids, position_ids=batch.position_ids, use_cache=False).last_hidden_state
-    assert torch.allclose(hidden_states(teacher, batch), theirs, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_trains_from_an_exact_start(name):
-    """Documents that fit the slots: the student is its teacher, in all three losses, each read as the model's own."""
-    sizes = SIZES | ({"logits_scaling": 3.0, "residual_multiplier": 0.5} if name == "granite" else {})
-    torch.manual_seed(0)
-    teacher = AutoModelForCausalLM.from_config(CONFIG_MAPPING[name](**sizes)).double().eval()
-    gsa = preset("exact", slots=16, sinks=3).to_dict()
-    student = AutoModelForCausalLM.from_config(CONFIG_CLASSES[name](**sizes, gsa=gsa)).double().eval()
-    student.load_state_dict(teacher.state_dict(), strict=False)
-    for model in (teacher, student):
-        model.set_experts_implementation("eager")  # the default one knows no float64
-    batch = batch_of([[10, 6, 14], [16, 14]])
-    losses = {kind: STAGES[kind](replace(STAGE, kind=kind)).loss(student, teacher, batch) for kind in STAGES}
-    assert losses["align"][0].item() < 1e-8 and losses["distill"][1]["kl"].item() < 1e-8
-    want = 0.0
-    for document in alone(batch):
-        logits = teacher(document.input_ids).logits[0]
-        want += cross_entropy(logits, document.labels[0], ignore_index=UNLABELLED, reduction="sum").item()
-    assert losses["lm"][0].item() == pytest.approx(want / batch.share.item(), rel=1e-5)
-    losses["align"][0].backward()
-    assert student.model.layers[1].self_attn.f_proj.weight.grad is not None
-
-
-def test_a_teacher_with_a_window_keeps_it_when_packed():
-    config = CONFIG_MAPPING["mistral"](**SIZES, sliding_window=8)
-    torch.manual_seed(0)
-    teacher, batch = AutoModelForCausalLM.from_config(config).eval(), batch_of(PACKED)
-    packed = hidden_states(teacher, batch).flatten(0, 1)
-    documents = torch.cat([teacher.model(document.input_ids).last_hidden_state[0] for document in alone(batch)])
-    assert torch.allclose(packed, documents, atol=1e-5)
-    teacher.config.sliding_window = None
-    assert not torch.allclose(packed, hidden_states(teacher, batch).flatten(0, 1), atol=1e-2)
-
-
-def test_align_trains_mixers_only_and_the_teacher_not_at_all():
-    student, teacher = student_model(), teacher_model()
-    loss, _ = Align(STAGE).loss(student, teacher, batch_of(PACKED))
-    loss.backward()
-    touched = {group_of(name) for name, p in student.named_parameters() if p.grad is not None}
-    assert touched == {"gates", "mixer"}
-    assert all(p.grad is None for p in teacher.parameters())
-
-
-@pytest.mark.parametrize("kind", STAGES)
-def test_activation_checkpointing_changes_no_gradient(kind):
-    gradients = []
-    for on in (False, True):
-        student = student_model().train()
-        if on:
-            engine.recompute_layers(student)
-        stage = STAGES[kind](replace(STAGE, kind=kind, activation_checkpointing=on))
-        stage.loss(student, teacher_model(), batch_of(PACKED))[0].backward()
-        gradients.append([p.grad for p in student.parameters() if p.grad is not None])
-    assert len(gradients[0]) == len(gradients[1]) > 10
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-
-
-def test_groups_of_parameters():
-    student = student_model(output_norm=True)
-    train_offsets(student)
-    groups = parameter_groups(student, replace(STAGE, lr=LearningRates(3e-3, 1e-3, 0.0)))
-    assert {(g["name"], g["peak"], g["weight_decay"]) for g in groups} == {
-        ("gates", 3e-3, 0.0),
-        ("mixer", 1e-3, 0.01),
-        ("mixer", 1e-3, 0.0),
-    }
-    names = {id(p): name for name, p in student.named_parameters()}
-    inside = {names[id(p)]: g["name"] for g in groups for p in g["params"]}
-    kinds = {name.split("self_attn.")[1]: kind for name, kind in inside.items() if ".layers.0." in f".{name}"}
-    assert kinds == {
-        "f_proj.weight": "gates",
-        "parametrizations.write.original": "gates",
-        "parametrizations.keep.original": "gates",
-        **{f"{x}_proj.weight": "mixer" for x in "qkvo"},
-        "g_norm.weight": "mixer",
-    }
-    for name, parameter in student.named_parameters():
-        assert parameter.requires_grad == (name in inside)
-
-
-def test_schedules():
-    stage = replace(STAGE, tokens=1000, batch_tokens=10, warmup_tokens=200, end_lr=0.1)
-    rates = {s: [learning_rate(replace(stage, schedule=s), i) for i in range(100)] for s in ("linear", "cosine")}
-    for s in rates:
-        assert rates[s][:20] == pytest.approx([(i + 1) / 21 for i in range(20)])
-        assert rates[s][20] == 1 and rates[s][60] == pytest.approx(0.55) and 0.1 < rates[s][99] < 0.12
-        assert all(a > b for a, b in zip(rates[s][20:], rates[s][21:], strict=False))
-    assert [learning_rate(replace(stage, schedule="constant"), i) for i in (0, 20, 99)] == [1 / 21, 1, 1]
-
-
-def gate_gradient(student, teacher, batch):
-    loss, _ = Align(STAGE).loss(student, teacher, batch)
-    weights = [m.f_proj.weight for m in student.modules() if isinstance(m, GSAttention)]
-    squares = torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights)]).square()
-    return squares.mean().sqrt().item()
-
-
-def test_the_gates_of_the_exact_start_train():
-    """Gradient at the start within 100x of a soft clock's; after 200 steps gates have moved and the loss has fallen."""
-    torch.manual_seed(0)
-    teacher, batch = teacher_model(), batch_of([[128], [100, 28]])
-    soft = student_model(gate="sigmoid", damping=8.0)
-    with torch.no_grad():
-        for module in soft.modules():
-            if isinstance(module, GSAttention):
-                module.write.fill_(-40.0)
-                module.keep.fill_(8.0)
-    student = student_model()
-    ratio = gate_gradient(student, teacher, batch) * student.model.layers[0].self_attn.gsa.damping
-    ratio /= gate_gradient(soft, teacher, batch)
-    assert 1e-2 < ratio
-
-    stage = replace(STAGE, lr=LearningRates(gates=3e-3, mixer=3e-4))
-    optimizer = torch.optim.AdamW(parameter_groups(student, stage), betas=(0.9, 0.95))
-    losses = []
-    for step in range(200):
-        loss, _ = Align(stage).loss(student, teacher, batch_of([[64], [40, 24]], seed=step))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert sum(losses[-20:]) < 0.95 * sum(losses[:20])
-    x, *_ = attention_lessons(teacher, batch)[0]
-    mixer = student.model.layers[0].self_attn
-    offset = mixer.f_proj(x).unflatten(-1, (2, 16)) / mixer.gsa.damping
-    moved = [((offset + bias - start).clamp(0, 1)).abs().mean() for bias, start in ((mixer.keep, 0.0),)]
-    moved += [(1 - (offset + mixer.write).clamp(0, 1)).abs().mean()]
-    assert min(moved).item() > 1e-3
-
-
-# The whole loop, on the tiny Llama's files
 
 
 @pytest.fixture(scope="module")
@@ -312,7 +68,7 @@ def only(kind):
 
 def records(out, stage):
     """The optimizer steps in a stage's metrics, without what depends on the clock."""
-    lines = (json.loads(line) for line in (out / stage / "metrics.jsonl").read_text().splitlines())
+    lines = read(out / stage / "metrics.jsonl")
     timed = ("tokens_per_second", "memory_bytes")
     return [{k: v for k, v in line.items() if k not in timed} for line in lines if "loss" in line]
 
@@ -354,19 +110,26 @@ def test_frozen_tensors_stay_and_trained_ones_move(straight, start):
         assert not torch.equal(aligned[name], distilled[name]), name
 
 
-def test_an_interrupted_run_goes_on_bit_for_bit(straight, start, config, tmp_path, monkeypatch):
-    out, count = tmp_path / "run", [0]
-    run_step = engine.optimizer_step
+def at_step(number, monkeypatch, action):
+    """Have `action` called before the run's optimizer step `number`, counted from 1 over all stages."""
+    run_step, count = engine.optimizer_step, [0]
 
-    def interrupted(*args):
+    def step(*args):
         count[0] += 1
-        if count[0] == 8:  # the last step of distill: 4 of align, 3 of distill are done
-            raise KeyboardInterrupt
+        if count[0] == number:
+            action()
         return run_step(*args)
 
-    words = [f"stages.{i}.save_every=2" for i in range(3)]
+    monkeypatch.setattr(engine, "optimizer_step", step)
+
+
+def test_an_interrupted_run_goes_on_bit_for_bit(straight, start, config, tmp_path, monkeypatch):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    out, words = tmp_path / "run", [f"stages.{i}.save_every=2" for i in range(3)]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(engine, "optimizer_step", interrupted)
+        at_step(8, patch, interrupt)  # the last step of distill: 4 of align, 3 of distill are done
         finetune.finetune(str(config), words, model=str(start), out=str(out))
     assert not (out / "model").exists()
     assert [r["step"] for r in records(out, "2-distill")] == [1, 2, 3]
@@ -380,6 +143,118 @@ def test_an_interrupted_run_goes_on_bit_for_bit(straight, start, config, tmp_pat
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     with pytest.raises(UserError, match=f"the run in {out} is finished; nearest valid: --out {out}-2"):
         finetune.finetune(str(config), words, model=str(start), out=str(out))
+
+
+LONG = ["stages.0.tokens=5120", "stages.0.save_every=3", "stages.0.validation_tokens=64", "stages.0.keep=2"]
+
+
+@pytest.fixture(scope="module")
+def long(config, start, tmp_path_factory):
+    """The words of a run of 40 steps, and its folder when it was never interrupted."""
+    out, words = tmp_path_factory.mktemp("long") / "run", [only("lm")(config), *LONG]
+    finetune.finetune(str(config), words, str(start), str(out))
+    return words, out
+
+
+def equals(out, long):
+    """Whether a run's metrics and result are, bit for bit, those of the uninterrupted one."""
+    ours, theirs = tensors(out / "model"), tensors(long / "model")
+    same = all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    return same and records(out, "1-lm") == records(long, "1-lm")
+
+
+def command(config, words, start, out, *options):
+    """`t2r finetune` in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    for name in ("RANK", "LOCAL_RANK"):
+        environment.pop(name, None)
+    line = [sys.executable, "-m", "t2r", "finetune", "--config", config, *words, "--model", start, "--out", out]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([*map(str, line), *options], env=environment, text=True, **pipes)
+
+
+def wait_for_step(step, process, out):
+    """Return when a run has logged `step`; its process must live until then."""
+    while not any(line["step"] >= step for line in records(out, "1-lm")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+def test_a_killed_run_goes_on_bit_for_bit(long, config, start, tmp_path):
+    """kill -9 at two moments that nobody has chosen, checkpoints being written every 3 steps."""
+    words, straight = long
+    out, chance = tmp_path / "run", random.SystemRandom()
+    for first, last in ((1, 12), (15, 36)):
+        process = command(config, words, start, out)
+        wait_for_step(step := chance.randint(first, last), process, out)
+        time.sleep(delay := chance.uniform(0, 0.1))
+        process.kill()
+        process.communicate()
+    finetune.finetune(str(config), words, str(start), str(out))
+    assert equals(out, straight), (step, delay)
+
+
+def test_sigterm_saves_a_checkpoint_and_ends_the_run(long, config, start, tmp_path, monkeypatch, capfd):
+    words, straight = long
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        at_step(5, patch, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        finetune.finetune(str(config), words, str(start), str(out))
+    assert stopped.value.code == 143
+    assert "stopped by SIGTERM after step 5/40; the same command goes on from it" in capfd.readouterr().err
+    assert {p.name for p in (out / "1-lm").iterdir()} == {"metrics.jsonl", "step-000003", "step-000005"}
+    finetune.finetune(str(config), words, str(start), str(out))
+    assert equals(out, straight)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(long, config, start, tmp_path, monkeypatch):
+    """A file that may not grow is what the operating system has to offer in place of a disk that is full."""
+    words, straight = long
+    out, (soft, hard) = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with monkeypatch.context() as patch:
+            at_step(5, patch, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard)))
+            what = "cannot write checkpoint step-000006: .*; checkpoint step-000003 is intact"
+            with pytest.raises(UserError, match=what):
+                finetune.finetune(str(config), words, str(start), str(out))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {p.name for p in (out / "1-lm").iterdir()} == {"metrics.jsonl", "step-000003"}
+    finetune.finetune(str(config), words, str(start), str(out))
+    assert equals(out, straight)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 100_000}))
+    with pytest.raises(UserError, match="3 checkpoints need 0.0 GB of disk, 0.0 GB are free"):
+        finetune.finetune(str(config), words, str(start), str(tmp_path / "other"))
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(long, config, start, tmp_path, monkeypatch, capfd):
+    words, straight = long
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        at_step(7, patch, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        finetune.finetune(str(config), words, str(start), str(out))
+    weights = out / "1-lm" / "step-000007" / "model.safetensors"
+    os.truncate(weights, size := weights.stat().st_size - 1)
+    finetune.finetune(str(config), words, str(start), str(out))
+    assert f"step-000007 is not complete: model.safetensors has {size} bytes of {size + 1}" in capfd.readouterr().err
+    assert equals(out, straight)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the process in /proc")
+def test_a_process_that_dies_ends_the_run_with_its_name(config, start, tmp_path, request):
+    out, words = tmp_path / "run", [only("lm")(config), "stages.0.tokens=1000000", "stages.0.save_every=2"]
+    parent = command(config, words, start, out, "--processes", "2")
+    request.addfinalizer(parent.terminate)
+    wait_for_step(3, parent, out)
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+    (victim,) = (int(pid) for pid in children if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
+    os.kill(victim, signal.SIGKILL)
+    _, errors = parent.communicate(timeout=60)
+    assert parent.returncode == 2
+    assert "process 1 of 2 was killed by signal SIGKILL" in errors and "Traceback" not in errors
+    assert "another process of this run is gone; checkpoint step-" in errors
+    newest = engine.newest_checkpoint(out / "1-lm")
+    AutoModelForCausalLM.from_pretrained(newest)
 
 
 def test_two_processes_and_every_zero_stage_give_the_losses_of_one(straight, start, config, tmp_path):
@@ -478,7 +353,8 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(config, st
         refuses("training needs DeepSpeed; try: `DS_BUILD_OPS=0 pip install deepspeed`")
     if not torch.cuda.is_available():
         refuses("device is cuda, but torch sees no GPU", "device=cuda")
-    LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(tmp_path / "other")
+    sizes = {"hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 6, "num_key_value_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=96, num_hidden_layers=2, **sizes)).save_pretrained(tmp_path / "other")
     refuses("does not come from .*other: vocab_size is 259, not 96", f"source={tmp_path}/other")
     long = ["stages.0.validation_tokens=0", "stages.0.context=100000", "stages.0.batch_tokens=200000"]
     refuses("less than one row of 100000.*nearest valid: context=", *long, out="rows")

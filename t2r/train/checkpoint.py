@@ -13,7 +13,7 @@ from t2r.convert.writer import FolderWriter
 from t2r.errors import UserError
 from t2r.schema import StageConfig
 from t2r.train.parameters import saved_tensors
-from t2r.train.sharding import Group
+from t2r.train.sharding import Group, from_a_peer
 
 STATE = "deepspeed"  # folder of the engine's state inside a checkpoint
 MANIFEST = "checkpoint.json"
@@ -35,11 +35,12 @@ def save(engine, source: Source, out: Path, step: int, stage: StageConfig, zero:
         else:
             for _ in saved_tensors(engine.module.student):
                 pass  # their parts of each tensor are being gathered
-    except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError where the disk is full
-        if isinstance(error, RuntimeError) and "write" not in str(error):
+    except (OSError, RuntimeError, UserError) as error:  # torch's own writer raises RuntimeError where the disk is full
+        if from_a_peer(error):
             raise
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
-        raise lost(f"cannot write checkpoint {target.name}: {reason}", out) from error
+        free = shutil.disk_usage(out).free / 1e9
+        raise lost(f"cannot write checkpoint {target.name}: {reason}, {free:.1f} GB of disk are free", out) from error
     finally:
         if group.rank == 0:
             shutil.rmtree(aside, ignore_errors=True)

@@ -27,7 +27,7 @@ from t2r.train.checkpoint import (
 )
 from t2r.train.log import Log
 from t2r.train.parameters import add_adapters, parameter_groups, set_learning_rates, train_offsets
-from t2r.train.sharding import Group, initialize, zero_stage
+from t2r.train.sharding import Group, from_a_peer, initialize, zero_stage
 from t2r.train.stages import STAGES, Stage
 
 STOP = "stop"  # the metric in which processes tell each other that one of them was asked to stop
@@ -164,11 +164,6 @@ def train(
             log.close()
     engine.destroy()
     return newest_checkpoint(out)
-
-
-def from_a_peer(error: RuntimeError) -> bool:
-    """Whether a collective failed because a process at its other end did."""
-    return isinstance(error, (dist.DistBackendError, dist.DistNetworkError)) or "gloo" in str(error)
 
 
 def optimizer_step(

@@ -70,6 +70,11 @@ def join_group(device: str) -> Group:
     return Group(dist.get_rank(), dist.get_world_size(), place)
 
 
+def from_a_peer(error: Exception) -> bool:
+    """Whether a collective failed because a process at its other end did."""
+    return isinstance(error, (dist.DistBackendError, dist.DistNetworkError)) or "gloo" in str(error)
+
+
 class ClippingAdamW(torch.optim.AdamW):
     """AdamW that clips, and skips a step whose gradient is not finite: for ZeRO 0; the others do so themselves."""
 

@@ -1,0 +1,260 @@
+"""The stages: losses against their formulas, packed documents against each alone, groups of parameters."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from t2r.data.packing import UNLABELLED, Batch
+from t2r.families import FAMILIES
+from t2r.modeling.attention import GSAttention
+from t2r.modeling.configuration import CONFIG_CLASSES, GSAConfig, preset
+from t2r.schema import LearningRates, LossConfig, StageConfig
+from t2r.train import engine
+from t2r.train.parameters import group_of, learning_rate, parameter_groups, train_offsets
+from t2r.train.stages import STAGES, Align, attention_lessons, hidden_states, sums
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZES = {
+    "vocab_size": 96, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 6,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, "initializer_range": 0.2,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+STAGE = StageConfig("align", tokens=10**6, lr=LearningRates(1e-3, 1e-3, 1e-3), loss=LossConfig(kl=0.7, temperature=2.0))
+
+
+def teacher_model():
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+
+
+def student_model(**changes):
+    gsa = GSAConfig(**(preset("exact", slots=16, sinks=3).to_dict() | changes))
+    model = AutoModelForCausalLM.from_config(CONFIG_CLASSES["llama"](**SIZES, gsa=gsa.to_dict()))
+    model.load_state_dict(teacher_model().state_dict(), strict=False)
+    return model
+
+
+def batch_of(lengths, seed=0):
+    """Rows of documents, lengths[row][document]; the last document of a row ends with it."""
+    B, T = len(lengths), sum(lengths[0])
+    ids = torch.randint(3, 96, (B, T + 1), generator=torch.Generator().manual_seed(seed))
+    labels, positions, bounds = ids[:, 1:].clone(), [], [0]
+    for row, documents in enumerate(lengths):
+        end = 0
+        for n in documents:
+            end += n
+            labels[row, end - 1] = UNLABELLED
+            bounds.append(bounds[-1] + n)
+        positions.append(torch.cat([torch.arange(n) for n in documents]))
+    share = torch.tensor(float((labels != UNLABELLED).sum()))
+    return Batch(ids[:, :-1], labels, torch.stack(positions), torch.tensor(bounds), share)
+
+
+def alone(batch):
+    """Each document of a batch as a batch of its own."""
+    for begin, end in zip(batch.cu_seqlens.tolist(), batch.cu_seqlens.tolist()[1:], strict=False):
+        cut = [x.flatten()[None, begin:end] for x in (batch.input_ids, batch.labels, batch.position_ids)]
+        yield Batch(*cut, torch.tensor([0, end - begin]), torch.tensor(1.0))
+
+
+PACKED = [[20, 1, 19], [7, 33]]
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 80, 1000])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_chunked_sums_are_the_plain_formulas(chunk, temperature):
+    torch.manual_seed(0)
+    head, teacher_head = torch.nn.Linear(16, 50, bias=False), torch.nn.Linear(12, 50)
+    hidden, theirs = torch.randn(2, 40, 16, requires_grad=True), torch.randn(2, 40, 12)
+    labels = torch.randint(0, 50, (2, 40))
+    labels[0, ::5] = UNLABELLED
+    kl, ce = sums(head, hidden, labels, chunk, teacher_head, theirs, temperature)
+    gradients = torch.autograd.grad(0.7 * kl + 0.3 * ce, [hidden, head.weight])
+    logits, target = head(hidden), log_softmax(teacher_head(theirs) / temperature, -1)
+    plain_kl = kl_div(log_softmax(logits / temperature, -1), target, log_target=True, reduction="sum") * temperature**2
+    plain_ce = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=UNLABELLED, reduction="sum")
+    plain_gradients = torch.autograd.grad(0.7 * plain_kl + 0.3 * plain_ce, [hidden, head.weight])
+    assert kl.item() == pytest.approx(plain_kl.item(), rel=1e-5)
+    assert ce.item() == pytest.approx(plain_ce.item(), rel=1e-5)
+    for ours, plain in zip(gradients, plain_gradients, strict=True):
+        assert torch.allclose(ours, plain, rtol=1e-4, atol=1e-5)
+    alone, ce = sums(head, hidden, labels, chunk)
+    assert alone.item() == 0 and ce.item() == pytest.approx(plain_ce.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["distill", "lm"])
+def test_a_packed_loss_is_that_of_the_documents_alone(kind):
+    """Teacher and student see each document as if it were the only one: contexts, positions, clocks, labels."""
+    student, teacher = student_model(), teacher_model()
+    stage = STAGES[kind](replace(STAGE, kind=kind))
+    batch = batch_of(PACKED)
+    loss, metrics = stage.loss(student, teacher, batch)
+    want = {"kl": 0.0, "ce": 0.0}
+    for document in alone(batch):
+        _, parts = stage.loss(student, teacher, document)
+        want["ce"] += parts["ce"].item() / batch.share.item()
+        if "kl" in parts:
+            want["kl"] += parts["kl"].item() * document.labels.numel() / batch.labels.numel()
+    assert metrics["ce"].item() == pytest.approx(want["ce"], rel=1e-4)
+    if kind == "distill":
+        assert metrics["kl"].item() == pytest.approx(want["kl"], rel=1e-3)
+        assert loss.item() == pytest.approx(0.7 * want["kl"] + 0.3 * want["ce"], rel=1e-4)
+
+
+def test_packed_align_is_the_relative_error_of_the_documents_alone():
+    student, teacher = student_model(), teacher_model()
+    batch = batch_of(PACKED)
+    loss, _ = Align(STAGE).loss(student, teacher, batch)
+    documents = list(alone(batch))
+    for document, (begin, end) in zip(documents, [(0, 20), (20, 21), (21, 40), (40, 47), (47, 80)], strict=True):
+        assert torch.equal(document.input_ids[0], batch.input_ids.flatten()[begin:end])
+    errors = torch.zeros(2, 2, 2)  # row, layer, (difference, target)
+    for document, row in zip(documents, [0, 0, 0, 1, 1], strict=True):
+        for layer, (x, rotary, target) in enumerate(attention_lessons(teacher, document)):
+            mixer = student.model.layers[layer].self_attn
+            output = mixer(x, position_embeddings=rotary)[0]
+            errors[row, layer] += torch.stack([(output - target).square().sum(), target.square().sum()]).detach()
+    want = (errors[..., 0] / errors[..., 1]).mean()
+    assert loss.item() == pytest.approx(want.item(), rel=1e-4)
+    assert loss.item() > 1e-3
+
+
+def test_our_mask_is_what_transformers_builds_from_positions():
+    teacher, batch = teacher_model(), batch_of(PACKED)
+    theirs = teacher.model(batch.input_ids, position_ids=batch.position_ids, use_cache=False).last_hidden_state
+    assert torch.allclose(hidden_states(teacher, batch), theirs, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_trains_from_an_exact_start(name):
+    """Documents that fit the slots: the student is its teacher, in all three losses, each read as the model's own."""
+    sizes = SIZES | ({"logits_scaling": 3.0, "residual_multiplier": 0.5} if name == "granite" else {})
+    torch.manual_seed(0)
+    teacher = AutoModelForCausalLM.from_config(CONFIG_MAPPING[name](**sizes)).double().eval()
+    gsa = preset("exact", slots=16, sinks=3).to_dict()
+    student = AutoModelForCausalLM.from_config(CONFIG_CLASSES[name](**sizes, gsa=gsa)).double().eval()
+    student.load_state_dict(teacher.state_dict(), strict=False)
+    for model in (teacher, student):
+        model.set_experts_implementation("eager")  # the default one knows no float64
+    batch = batch_of([[10, 6, 14], [16, 14]])
+    losses = {kind: STAGES[kind](replace(STAGE, kind=kind)).loss(student, teacher, batch) for kind in STAGES}
+    assert losses["align"][0].item() < 1e-8 and losses["distill"][1]["kl"].item() < 1e-8
+    want = 0.0
+    for document in alone(batch):
+        logits = teacher(document.input_ids).logits[0]
+        want += cross_entropy(logits, document.labels[0], ignore_index=UNLABELLED, reduction="sum").item()
+    assert losses["lm"][0].item() == pytest.approx(want / batch.share.item(), rel=1e-5)
+    losses["align"][0].backward()
+    assert student.model.layers[1].self_attn.f_proj.weight.grad is not None
+
+
+def test_a_teacher_with_a_window_keeps_it_when_packed():
+    config = CONFIG_MAPPING["mistral"](**SIZES, sliding_window=8)
+    torch.manual_seed(0)
+    teacher, batch = AutoModelForCausalLM.from_config(config).eval(), batch_of(PACKED)
+    packed = hidden_states(teacher, batch).flatten(0, 1)
+    documents = torch.cat([teacher.model(document.input_ids).last_hidden_state[0] for document in alone(batch)])
+    assert torch.allclose(packed, documents, atol=1e-5)
+    teacher.config.sliding_window = None
+    assert not torch.allclose(packed, hidden_states(teacher, batch).flatten(0, 1), atol=1e-2)
+
+
+def test_align_trains_mixers_only_and_the_teacher_not_at_all():
+    student, teacher = student_model(), teacher_model()
+    loss, _ = Align(STAGE).loss(student, teacher, batch_of(PACKED))
+    loss.backward()
+    touched = {group_of(name) for name, p in student.named_parameters() if p.grad is not None}
+    assert touched == {"gates", "mixer"}
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+@pytest.mark.parametrize("kind", STAGES)
+def test_activation_checkpointing_changes_no_gradient(kind):
+    gradients = []
+    for on in (False, True):
+        student = student_model().train()
+        if on:
+            engine.recompute_layers(student)
+        stage = STAGES[kind](replace(STAGE, kind=kind, activation_checkpointing=on))
+        stage.loss(student, teacher_model(), batch_of(PACKED))[0].backward()
+        gradients.append([p.grad for p in student.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(gradients[1]) > 10
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_groups_of_parameters():
+    student = student_model(output_norm=True)
+    train_offsets(student)
+    groups = parameter_groups(student, replace(STAGE, lr=LearningRates(3e-3, 1e-3, 0.0)))
+    assert {(g["name"], g["peak"], g["weight_decay"]) for g in groups} == {
+        ("gates", 3e-3, 0.0),
+        ("mixer", 1e-3, 0.01),
+        ("mixer", 1e-3, 0.0),
+    }
+    names = {id(p): name for name, p in student.named_parameters()}
+    inside = {names[id(p)]: g["name"] for g in groups for p in g["params"]}
+    kinds = {name.split("self_attn.")[1]: kind for name, kind in inside.items() if ".layers.0." in f".{name}"}
+    assert kinds == {
+        "f_proj.weight": "gates",
+        "parametrizations.write.original": "gates",
+        "parametrizations.keep.original": "gates",
+        **{f"{x}_proj.weight": "mixer" for x in "qkvo"},
+        "g_norm.weight": "mixer",
+    }
+    for name, parameter in student.named_parameters():
+        assert parameter.requires_grad == (name in inside)
+
+
+def test_schedules():
+    stage = replace(STAGE, tokens=1000, batch_tokens=10, warmup_tokens=200, end_lr=0.1)
+    rates = {s: [learning_rate(replace(stage, schedule=s), i) for i in range(100)] for s in ("linear", "cosine")}
+    for s in rates:
+        assert rates[s][:20] == pytest.approx([(i + 1) / 21 for i in range(20)])
+        assert rates[s][20] == 1 and rates[s][60] == pytest.approx(0.55) and 0.1 < rates[s][99] < 0.12
+        assert all(a > b for a, b in zip(rates[s][20:], rates[s][21:], strict=False))
+    assert [learning_rate(replace(stage, schedule="constant"), i) for i in (0, 20, 99)] == [1 / 21, 1, 1]
+
+
+def gate_gradient(student, teacher, batch):
+    loss, _ = Align(STAGE).loss(student, teacher, batch)
+    weights = [m.f_proj.weight for m in student.modules() if isinstance(m, GSAttention)]
+    squares = torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights)]).square()
+    return squares.mean().sqrt().item()
+
+
+def test_the_gates_of_the_exact_start_train():
+    """Gradient at the start within 100x of a soft clock's; after 200 steps gates have moved and the loss has fallen."""
+    torch.manual_seed(0)
+    teacher, batch = teacher_model(), batch_of([[128], [100, 28]])
+    soft = student_model(gate="sigmoid", damping=8.0)
+    with torch.no_grad():
+        for module in soft.modules():
+            if isinstance(module, GSAttention):
+                module.write.fill_(-40.0)
+                module.keep.fill_(8.0)
+    student = student_model()
+    ratio = gate_gradient(student, teacher, batch) * student.model.layers[0].self_attn.gsa.damping
+    ratio /= gate_gradient(soft, teacher, batch)
+    assert 1e-2 < ratio
+
+    stage = replace(STAGE, lr=LearningRates(gates=3e-3, mixer=3e-4))
+    optimizer = torch.optim.AdamW(parameter_groups(student, stage), betas=(0.9, 0.95))
+    losses = []
+    for step in range(200):
+        loss, _ = Align(stage).loss(student, teacher, batch_of([[64], [40, 24]], seed=step))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert sum(losses[-20:]) < 0.95 * sum(losses[:20])
+    x, *_ = attention_lessons(teacher, batch)[0]
+    mixer = student.model.layers[0].self_attn
+    offset = mixer.f_proj(x).unflatten(-1, (2, 16)) / mixer.gsa.damping
+    moved = [((offset + bias - start).clamp(0, 1)).abs().mean() for bias, start in ((mixer.keep, 0.0),)]
+    moved += [(1 - (offset + mixer.write).clamp(0, 1)).abs().mean()]
+    assert min(moved).item() > 1e-3
