@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from t2r.cli import main
 from t2r.convert import convert, writer
 from t2r.convert import source as source_module
+from t2r.convert.checks import ring_window
 from t2r.convert.plan import make_plan
 from t2r.convert.source import open_source
-from t2r.convert.verify import ring_window, verify
+from t2r.convert.verify import verify
 from t2r.errors import UserError
 from t2r.modeling.configuration import GSAConfig
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid, silu
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import t2r  # noqa: F401
 from t2r.errors import UserError
 from t2r.kernels.gsa import GSASpec, gsa
-from t2r.modeling.attention import GSAttention, turn_pairs
+from t2r.modeling.attention import GSAttention
 from t2r.modeling.cache import SlotCacheLayer
 from t2r.modeling.configuration import CONFIG_CLASSES, GSAConfig, preset
 
@@ -322,18 +323,18 @@ def test_tensors_missing_from_a_checkpoint_start_as_conversion_starts_them(tmp_p
 @torch.no_grad()
 def test_far_sinks_are_read_at_the_bounded_distance():
     """Beyond sink_distance a sink's logit is that of a query sink_distance tokens away; up to it nothing changes."""
-    rotary = teacher_model().model.rotary_emb
-    q = torch.randn(1, 100, 6, 16)
+    teacher = teacher_model().model
+    q = torch.randn(1, 6, 100, 16)
 
-    def turned(positions):
-        cos, sin = rotary(q, positions[None])
-        return turn_pairs(q, cos.float(), sin.float())
+    def turned(q, cos, sin):
+        return apply_rotary_pos_emb(q, q, cos, sin)[0]
 
-    t = torch.arange(100)
+    t = torch.arange(100)[None]
     model = student_model(trained=False, sink_distance=40)
-    turn = model.model.sink_turn(t[None], longest=100)
-    same(turn_pairs(turned(t), *turn), turned(t.clamp(max=40)), atol=1e-5)
-    assert model.model.sink_turn(t[None, :41], longest=41) is None
+    turns = model.model.sink_turns(t, longest=100)
+    assert sorted(turns) == [0, 1] and not model.model.sink_turns(t[:, :41], longest=41)
+    there, near = (turned(q, *teacher.rotary_emb(q, positions)) for positions in (t, t.clamp(max=40)))
+    same(turned(there, *turns[0]), near, atol=1e-5)
 
     ids, unbounded = tokens(1, 100), student_model(trained=False)
     near, far = model(ids).logits, unbounded(ids).logits

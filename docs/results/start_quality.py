@@ -12,8 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import t2r  # noqa: F401
+from t2r.convert.checks import ring_window
 from t2r.convert.source import open_source
-from t2r.convert.verify import load_source, ring_window
+from t2r.convert.verify import load_source
 from t2r.env import facts
 from t2r.evaluate.perplexity import losses
 from t2r.modeling import GSAConfig

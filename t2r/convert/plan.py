@@ -1,14 +1,14 @@
 """What a conversion will do, tensor by tensor, worked out from names and shapes before a weight is read."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from t2r.convert.source import Source
 from t2r.errors import UserError
-from t2r.families import family_of, head_dim
-from t2r.modeling.configuration import CONFIG_CLASSES, GSAConfig, preset
+from t2r.families import check_attention, family_of, head_dim
+from t2r.modeling.configuration import CONFIG_CLASSES, GSAConfig, fit_layers, preset
 
 Status = Literal["copied", "transformed", "new", "tied", "ignored"]
 MEMORY_FLOOR = 600_000_000  # python, torch and transformers before the first tensor
@@ -112,18 +112,31 @@ class Plan:
         }
 
 
-def make_plan(source: Source, preset_name: str, slots: int | None, sinks: int | None, dtype: str | None) -> Plan:
-    """Work out the conversion of `source`; dtype None keeps the source's.
+def make_plan(
+    source: Source,
+    preset_name: str,
+    slots: int | None,
+    sinks: int | None,
+    dtype: str | None,
+    long_slots: int = 0,
+    layer_slots: str = "",
+    keep_softmax: str = "",
+) -> Plan:
+    """Work out the conversion of `source`; dtype None keeps the source's. layer_slots: such as "0-3=128,9=256";
+    keep_softmax: layers such as "0,8-11".
 
     Raises UserError for an unsupported architecture, impossible options, and for every tensor of the source that would
     be dropped, every tensor of the result that nothing provides and every shape that disagrees with the config.
     """
     family = family_of(source.config.model_type, where=source.path)
-    gsa = preset(preset_name, slots, sinks)
-    if gsa.sinks and gsa.rope:
-        # Well inside the trained rotary range: on SmolLM2 anything up to a quarter of it holds at 32K tokens, and half
-        # of it costs 7 % of perplexity (docs/results/far_sinks.json).
-        gsa = replace(gsa, sink_distance=max(gsa.slots, source.config.max_position_embeddings // 8))
+    check_attention(source.config, where=source.path)
+    layers = source.config.num_hidden_layers
+    gsa = fit_layers(
+        preset(preset_name, slots, sinks, long_slots),
+        source.config,
+        layer_numbers(layer_slots, layers, "--layer-slots"),
+        layer_indices(keep_softmax, layers, "--keep-softmax"),
+    )
     to_dtype = getattr(torch, dtype) if dtype else None
     main_dtype = to_dtype or source.dtype(next(name for name in source.names() if name.endswith("o_proj.weight")))
     config = gsa_config(source.config, family.model_type, gsa, main_dtype)
@@ -153,6 +166,35 @@ def make_plan(source: Source, preset_name: str, slots: int | None, sinks: int | 
     return Plan(source, config, gsa, preset_name, entries, new)
 
 
+def layer_indices(text: str, layers: int, where: str) -> list[int]:
+    """ "0,8-11" -> [0, 8, 9, 10, 11]; UserError unless all are layers of a model of that many."""
+    found = []
+    for part in str(text).split(",") if text else []:
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise UserError(f"{part!r} is no layer and no range of layers", where=where, nearest="0,8-11")
+        found += range(int(first), int(last or first) + 1)
+        if int(last or first) >= layers or int(last or first) < int(first):
+            raise UserError(f"there are no layers {part}", where=where, nearest=f"0-{layers - 1}")
+    return found
+
+
+def layer_numbers(text: str, layers: int, where: str) -> dict[int, int]:
+    """ "0-1=128,9=256" -> {0: 128, 1: 128, 9: 256}; UserError likewise."""
+    numbers, left = {}, ""
+    for part in str(text).split(",") if text else []:
+        names, equals, number = part.partition("=")
+        left = f"{left},{names}".strip(",")
+        if equals and not number.isdigit():
+            raise UserError(f"{number!r} is no number of slots", where=where, nearest="0-3=128,9=256")
+        if equals:
+            numbers |= dict.fromkeys(layer_indices(left, layers, where), int(number))
+            left = ""
+    if left:
+        raise UserError(f"layers {left} have no number of slots", where=where, nearest=f"{left}=64")
+    return numbers
+
+
 def gsa_config(source_config, model_type: str, gsa: GSAConfig, dtype: torch.dtype):
     """The result's config: the source's, with the record of the GSA layers."""
     values = source_config.to_dict()
@@ -167,6 +209,7 @@ def gsa_config(source_config, model_type: str, gsa: GSAConfig, dtype: torch.dtyp
 def target_tensors(config) -> tuple[dict[str, tuple[int, ...]], dict[str, torch.Tensor]]:
     """Of the model that `config` describes: shape of each stored tensor, and the values of those that GSA adds."""
     from transformers import AutoModelForCausalLM
+    from transformers.core_model_loading import revert_weight_conversion
 
     from t2r.modeling.attention import GSAttention
 
@@ -176,7 +219,7 @@ def target_tensors(config) -> tuple[dict[str, tuple[int, ...]], dict[str, torch.
     for prefix, module in model.named_modules():
         if isinstance(module, GSAttention):
             new |= {f"{prefix}.{name}": x for name, x in module.new_tensors().items()}
-    shapes = {name: tuple(x.shape) for name, x in model.state_dict().items()}
+    shapes = {name: tuple(x.shape) for name, x in revert_weight_conversion(model, model.state_dict()).items()}
     if config.tie_word_embeddings:
         del shapes["lm_head.weight"]
     return shapes, new

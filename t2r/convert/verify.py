@@ -1,9 +1,9 @@
 """`t2r verify`: is a converted folder the model that it was converted from?
 
-Five questions, each a number against a bound: are the tensors the source's; do they give the source's logits when
-softmax attention is put back over them; does the exact start equal the source (first M tokens) and the source's own
-windowed attention (beyond); and does every way of reading a text (at once, in chunks, token by token, padded, resumed)
-give the same logits.
+Each question is a number against a bound: are the tensors the source's; do they give the source's logits when softmax
+attention is put back over them; does every way of reading a text (at once, in chunks, token by token, padded, resumed,
+in bfloat16) give the same; does the exact start equal the source (first tokens), its windowed attention (beyond), and
+its attention with near sinks where they are far. A model that does not fit into memory is read a layer at a time.
 """
 
 import copy
@@ -13,9 +13,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from t2r.convert.checks import (
+    Check,
+    clock_alone,
+    distance,
+    exact_start_checks,
+    far_sink_checks,
+    low_precision_check,
+    mixer_reading_checks,
+    reading_checks,
+    softmax_check,
+)
+from t2r.convert.paged import Pages
 from t2r.convert.source import Source, open_source
+from t2r.convert.writer import available_ram
 from t2r.errors import UserError
-from t2r.families import family_of
+from t2r.families import family_of, trained_context
 from t2r.modeling.configuration import GSAConfig
 
 # Read by every check. Written for this purpose; long enough that windows slide.
@@ -33,20 +46,6 @@ notebook, and asked which of the two clocks was right. The harbour master looked
 he answered, "on whether you mean to sail or to eat." The engineer laughed, but he wrote the sentence under the numbers,
 and when the channel was finished somebody had it cut into the stone at the end of the pier, where it can still be read
 at low water, if the wind is not too strong and the weed has been scraped away that spring."""
-
-
-@dataclass(frozen=True)
-class Check:
-    """One question: the largest deviation found, the bound it must keep (None: for information), and details."""
-
-    name: str
-    value: float
-    bound: float | None = None
-    note: str = ""
-
-    @property
-    def passed(self) -> bool:
-        return self.bound is None or self.value <= self.bound
 
 
 @dataclass
@@ -73,8 +72,11 @@ class Report:
         return "\n".join([*rows, "verified" if self.passed else f"NOT VERIFIED: {n} check{'s' * (n != 1)} failed"])
 
 
-def verify(model: str | Path, source: str) -> Report:
-    """Check the converted folder `model` against `source` (anything that `t2r convert` reads). All in float32.
+def verify(model: str | Path, source: str, by_layer: bool | None = None) -> Report:
+    """Check the converted folder `model` against `source` (anything that `t2r convert` reads). In float32 unless said.
+
+    by_layer: hold one layer in memory at a time; None: where three models of that size do not fit. The ways of reading
+    a text are then compared at each mixer, on what that mixer reads, instead of at the logits.
 
     Raises UserError when one of them cannot be read, or they are not of one family.
     """
@@ -87,27 +89,58 @@ def verify(model: str | Path, source: str) -> Report:
     report = Report([compare_tensors(opened, converted)])
     if not report.passed:
         return report
-    gsa = GSAConfig.of(converted.config)
-    tokenizer = opened.load_tokenizer()
-    ids = text_tokens(tokenizer, 3 * gsa.slots, opened.config.max_position_embeddings)
+    if by_layer is None:
+        size = 3 * 4 * sum(torch.Size(converted.shape(name)).numel() for name in converted.names())
+        ram = available_ram()
+        by_layer = ram is not None and ram < size
+    layers = GSAConfig.of(converted.config).gsa_layers(converted.config)
+    longest = max(gsa.slots for gsa in layers.values())
+    ids = text_tokens(opened.load_tokenizer(), 3 * longest, trained_context(opened.config))
+    check = check_by_layer if by_layer else check_whole
     with torch.inference_mode():
-        teacher = load_source(opened)
-        if rounded(opened, converted):
-            before = teacher(ids).logits
-            round_like(teacher, converted)
-            moved = distance(before, teacher(ids).logits)
-            report.checks.append(Check("rounding moves the source's logits by", moved, note="not a fault"))
-        logits = teacher(ids).logits
-        softmax = softmax_back(converted, opened)
-        report.checks.append(
-            Check("softmax put back: logits against the source", distance(softmax(ids).logits, logits), 1e-4)
-        )
-        del softmax
-        student = load_gsa(converted)
-        report.checks += reading_checks(student, ids)
-        if gsa.ring == gsa.slots and gsa.rope:
-            report.checks += exact_start_checks(student, teacher, ids, logits, gsa)
+        report.checks += check(opened, converted, ids, layers)
     return report
+
+
+def check_whole(opened: Source, converted: Source, ids: Tensor, layers: dict[int, GSAConfig]) -> list[Check]:
+    """All checks but the tensors', with whole models in memory."""
+    checks, teacher = [], load_source(opened)
+    if rounded(opened, converted):
+        before = teacher(ids).logits
+        round_like(teacher, converted)
+        moved = distance(before, teacher(ids).logits)
+        checks.append(Check("rounding moves the source's logits by", moved, note="not a fault"))
+    logits = teacher(ids).logits
+    checks.append(softmax_check(softmax_back(converted, opened), ids, logits))
+    student = load_gsa(converted)
+    checks += [*reading_checks(student, ids), low_precision_check(student, load_gsa(converted, torch.bfloat16), ids)]
+    if has_exact_start(layers):
+        for name, parameter in student.named_parameters():
+            parameter.copy_(clock_alone(name, parameter))
+        checks += exact_start_checks(student, teacher, ids, logits) + far_sink_checks(student, teacher, ids)
+    return checks
+
+
+def check_by_layer(opened: Source, converted: Source, ids: Tensor, layers: dict[int, GSAConfig]) -> list[Check]:
+    """The same, reading weights layer by layer; rounding is part of reading the source's."""
+    names = set(converted.names())
+    teacher = Pages(
+        empty_model(softmax_config(opened)),
+        opened,
+        lambda name, x: x.to(converted.dtype(name)) if name in names else x,
+    ).model
+    logits = teacher(ids, use_cache=False).logits
+    checks = [softmax_check(Pages(empty_model(softmax_config(opened)), converted).model, ids, logits)]
+    pages = Pages(empty_model(converted.config), converted)
+    checks += mixer_reading_checks(pages.model, ids)
+    if has_exact_start(layers):
+        pages.change = clock_alone
+        checks += exact_start_checks(pages.model, teacher, ids, logits) + far_sink_checks(pages.model, teacher, ids)
+    return checks
+
+
+def has_exact_start(layers: dict[int, GSAConfig]) -> bool:
+    return all(gsa.ring and gsa.rope and gsa.gate == "linear" for gsa in layers.values())
 
 
 def compare_tensors(source: Source, converted: Source) -> Check:
@@ -146,23 +179,37 @@ def load_source(source: Source):
     return model.float().eval()
 
 
-def load_gsa(converted: Source):
+def load_gsa(converted: Source, dtype: torch.dtype = torch.float32):
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(converted.path, dtype=torch.float32, local_files_only=True).eval()
+    return AutoModelForCausalLM.from_pretrained(converted.path, dtype=dtype, local_files_only=True).eval()
+
+
+def softmax_config(source: Source):
+    """The source's config for weights that are not quantised."""
+    config = copy.deepcopy(source.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
 
 
 def softmax_back(converted: Source, source: Source):
     """The source's own class over the converted tensors."""
     from transformers import AutoModelForCausalLM
 
-    config = copy.deepcopy(source.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    config = softmax_config(source)
     model_class = AutoModelForCausalLM._model_mapping[type(config)]
     names = [name for name in source.names() if name in set(converted.names())]
     tensors = {name: converted.tensor(name).float() for name in names}
     return model_class.from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32).eval()
+
+
+def empty_model(config):
+    """A causal LM of `config` in float32 without weights."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
 def rounded(source: Source, converted: Source) -> bool:
@@ -171,77 +218,9 @@ def rounded(source: Source, converted: Source) -> bool:
 
 
 def round_like(model, converted: Source) -> None:
-    """Round each parameter of `model` to the dtype in which `converted` stores it."""
+    """Round each parameter of `model` to the dtype in which `converted` stores it; where experts are stored one by one,
+    to the dtype of the whole."""
     names = set(converted.names())
     for name, parameter in model.named_parameters():
-        if name in names:
-            parameter.copy_(parameter.to(converted.dtype(name)))
-
-
-def reading_checks(model, ids: Tensor) -> list[Check]:
-    """The same text read at once, in chunks, token by token, resumed twice from one state, and left-padded."""
-    from transformers import DynamicCache
-
-    T = ids.shape[1]
-    whole = model(ids).logits
-
-    def read(cuts: list[int], cache=None) -> Tensor:
-        cache = DynamicCache() if cache is None else cache
-        parts = [model(ids[:, a:b], past_key_values=cache).logits for a, b in zip(cuts, cuts[1:], strict=False)]
-        return torch.cat(parts, dim=1)
-
-    half = DynamicCache()
-    read([0, T // 2], half)
-    resumed = [read([T // 2, T], copy.deepcopy(half)) for _ in range(2)]
-    short = T - 37
-    batch = torch.cat([ids, torch.cat([ids[:, :37], ids[:, :short]], dim=1)])
-    mask = torch.ones_like(batch)
-    mask[1, :37] = 0
-    padded = model(batch, attention_mask=mask).logits
-    pairs = {
-        "in chunks": (read([0, T // 3, T // 3 + 1, T]), whole),
-        "token by token": (read(list(range(T + 1))), whole),
-        "resumed from a state, twice": (torch.cat(resumed), whole[:, T // 2 :].expand(2, -1, -1)),
-        "in a left-padded batch": (torch.cat([padded[0], padded[1, 37:]]), torch.cat([whole[0], whole[0, :short]])),
-    }
-    return [Check(f"read {how}: logits against read at once", distance(*pair), 1e-3) for how, pair in pairs.items()]
-
-
-def exact_start_checks(student, teacher, ids: Tensor, logits: Tensor, gsa: GSAConfig) -> list[Check]:
-    """With the clock alone at the gates and sinks at their true distance: the source on the first M tokens, and beyond
-    them its windowed attention with sinks."""
-    from t2r.modeling.attention import GSAttention
-
-    for module in student.modules():
-        if isinstance(module, GSAttention):
-            module.f_proj.weight.zero_()
-            module.write.fill_({"linear": 1.0, "sigmoid": -120.0}[gsa.gate])
-            module.keep.fill_({"linear": 0.0, "sigmoid": 70.0}[gsa.gate])
-    student.config.gsa = {**student.config.gsa, "sink_distance": None}
-    start, M = student(ids).logits, gsa.slots
-    window = torch.where(ring_window(gsa, ids.shape[1]), 0.0, torch.finfo(torch.float32).min)[None, None]
-    windowed = teacher(ids, attention_mask=window).logits
-    name = "exact start: logits against"
-    return [
-        Check(f"{name} the source, first {M} tokens", distance(start[:, :M], logits[:, :M]), 1e-3),
-        Check(f"{name} the source's window + {gsa.sinks} sinks, beyond", distance(start, windowed), 1e-2),
-        Check("the window itself moves the source's logits by", distance(windowed, logits), note="not a fault"),
-    ]
-
-
-def ring_window(gsa: GSAConfig, T: int) -> Tensor:
-    """[T, T] bool: whether the clock still holds token j when token i is read."""
-    t = torch.arange(T)
-    slot = gsa.spec.turn(t)
-    overwritten = torch.full((T,), T)  # position of the next token on the same slot
-    last: dict[int, int] = {}
-    for j, m in enumerate(slot.tolist()):
-        if m in last:
-            overwritten[last[m]] = j
-        last[m] = j
-    return (t[None] <= t[:, None]) & (t[:, None] < overwritten[None])
-
-
-def distance(a: Tensor, b: Tensor) -> float:
-    """Largest absolute difference."""
-    return (a - b).abs().max().item()
+        dtype = converted.dtype(name) if name in names else converted.config.dtype
+        parameter.copy_(parameter.to(dtype))

@@ -4,6 +4,7 @@ Importing this package makes transformers' Auto classes know them; t2r/__init__.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from t2r.families import FAMILIES
 
@@ -18,3 +19,6 @@ for _family in FAMILIES.values():
     AutoConfig.register(_family.gsa_model_type, _config, exist_ok=True)  # in place of its stand-in
     AutoModel.register(_config, _base)
     AutoModelForCausalLM.register(_config, _lm)
+    # Experts are stored one by one and held as one tensor; how, transformers looks up by model type.
+    if _experts := get_checkpoint_conversion_mapping(_family.model_type):
+        register_checkpoint_conversion_mapping(_family.gsa_model_type, _experts, overwrite=True)

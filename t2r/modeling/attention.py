@@ -8,7 +8,9 @@ Shape legend: kernels/gsa/spec.py; W = hidden size.
 """
 
 import copy
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -28,19 +30,20 @@ class Context:
 
     positions [B,T]: position in the document, -1 = padding; None with cu_seqlens, which implies it.
     cu_seqlens [N+1]: bounds of packed documents over the flattened [B*T] tokens, or None.
-    sink_turn: (cos, sin) [B,T,R] float32 that turn a query from its true distance to the bounded one, or None where no
-        token is beyond it.
+    sink_turns: layer -> (cos, sin) [B,T,R] float32 that turn a query from its true distance to the bounded one; only
+        layers where a token is beyond it.
     """
 
     positions: Tensor | None = None
     cu_seqlens: Tensor | None = None
-    sink_turn: tuple[Tensor, Tensor] | None = None
+    sink_turns: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 class GSAttention:
     """Mixed in front of a source's attention class; `adopt_attention` makes the instance."""
 
     gsa: GSAConfig
+    rotate: Callable  # the source's apply_rotary_pos_emb: its layout of pairs, its share of the channels
 
     def add_gsa(self, gsa_config: GSAConfig) -> None:
         """Add the new parameters (named in GSAConfig.new_tensors) and switch the attention function."""
@@ -105,17 +108,10 @@ class GSAttention:
 def adopt_attention(module: nn.Module, gsa_config: GSAConfig) -> None:
     """Turn a source's attention module, in place, into its GSA counterpart. Its tensors and their names stay."""
     cls = type(module)
-    module.__class__ = type(f"GSA{cls.__name__}", (GSAttention, cls), {"__module__": __name__})
+    rotate = staticmethod(sys.modules[cls.__module__].apply_rotary_pos_emb)
+    attributes = {"__module__": __name__, "rotate": rotate}
+    module.__class__ = type(f"GSA{cls.__name__}", (GSAttention, cls), attributes)
     module.add_gsa(gsa_config)
-
-
-def turn_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding in the half layout on the first R channels: x [B,T,H,D], cos and sin [B,T,R] float32."""
-    R = cos.shape[-1]
-    rotated, rest = x[..., :R].float(), x[..., R:]
-    first, second = rotated.chunk(2, dim=-1)
-    turned = rotated * cos[:, :, None] + torch.cat([-second, first], dim=-1) * sin[:, :, None]
-    return torch.cat([turned.to(x.dtype), rest], dim=-1)
 
 
 def gsa_attention(
@@ -136,7 +132,10 @@ def gsa_attention(
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     B, T = q.shape[:2]
     gate = gsa_gate.unflatten(-1, (module.kv_heads, config.slots))
-    q_sink = None if context.sink_turn is None else turn_pairs(q, *context.sink_turn)
+    q_sink = None
+    if module.layer_idx in context.sink_turns:
+        turned, _ = module.rotate(query.float(), key[:, :1].float(), *context.sink_turns[module.layer_idx])
+        q_sink = turned.to(q.dtype).transpose(1, 2)
     if context.cu_seqlens is not None and B > 1:
         q, k, v, gate, q_sink = (None if x is None else x.flatten(0, 1)[None] for x in (q, k, v, gate, q_sink))
     memory = None if gsa_memory is None else gsa_memory.state

@@ -3,7 +3,7 @@
 Shape legend: kernels/gsa/spec.py; B is the batch of the generation (beams included).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -113,7 +113,7 @@ class SlotCacheLayer(CacheLayerMixin):
         return 0 if self.state is None else sum(x.numel() * x.element_size() for x in self.state)
 
 
-def adopt(cache: Cache, layers: list[int], num_layers: int) -> None:
+def adopt(cache: Cache, layers: Iterable[int], num_layers: int) -> None:
     """Give a transformers cache a slot memory for each of the GSA `layers`, before anything was stored in it.
 
     Works on whatever cache generate() or the caller made: which layers are GSA is our config's to say, and its

@@ -1,27 +1,29 @@
 """What a converted checkpoint says about its GSA layers: one typed record, stored in config.json under "gsa"."""
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 
 import torch
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from t2r.errors import UserError, nearest
-from t2r.families import FAMILIES, Family, head_dim
+from t2r.families import FAMILIES, Family, head_dim, trained_context, window
 from t2r.kernels.gsa import GSASpec
 
 
 @dataclass(frozen=True)
 class GSAConfig:
-    """All choices of a GSA layer. The first six fields are those of `kernels.gsa.GSASpec`, with its meanings.
+    """All choices of the GSA layers. The first six fields are those of `kernels.gsa.GSASpec`, with its meanings.
 
-    slots: M, memory slots per kv head.
+    slots: M, memory slots per kv head; those from `ring` on are long slots, which no turn overwrites.
     rope: keep the source's rotary embedding on q and k.
     scale: factor on q.K; None is the source's own.
     output_norm: o_proj reads RMSNorm(silu(o)) over all heads (paper eq. 9) instead of o.
     sink_distance: the sinks are read as if at most this many tokens away, so that their rotary distance stays inside
         what the source was trained on however long the text gets (needs rope; None: their true distance).
-    gate_std: standard deviation of the gate projection at conversion.
+    gate_std: standard deviation of the gate projection at conversion; long_gate_std: of its rows for long slots.
+    softmax_layers: layers that keep the source's softmax attention and its key-value cache.
+    layers: changes of the fields above in single layers, such as {"3": {"slots": 128, "ring": 128}}.
     """
 
     gate: str = "linear"
@@ -36,6 +38,9 @@ class GSAConfig:
     output_norm: bool = False
     sink_distance: int | None = None
     gate_std: float = 0.0
+    long_gate_std: float = 0.03
+    softmax_layers: list[int] = field(default_factory=list)
+    layers: dict[str, dict] = field(default_factory=dict)
 
     @property
     def spec(self) -> GSASpec:
@@ -43,17 +48,32 @@ class GSAConfig:
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> "GSAConfig":
-        """The record of a converted model's config; UserError if a field is unknown."""
-        known = [field.name for field in fields(cls)]
-        for name in config.gsa:
-            if name not in known:
-                raise UserError(f"unknown GSA setting {name!r}", where="config.json: gsa", nearest=nearest(name, known))
-        return cls(**config.gsa)
+        """The record of a converted model's config; UserError if a field is unknown or a layer does not exist."""
+        where = "config.json: gsa"
+        record = cls(**known_fields(cls, config.gsa, where))
+        for layer, changes in record.layers.items():
+            known_fields(cls, changes, f"{where}.layers.{layer}")
+        for layer in [*record.layers, *record.softmax_layers]:
+            if not 0 <= int(layer) < config.num_hidden_layers:
+                raise UserError(f"there is no layer {layer}", where=where, nearest=config.num_hidden_layers - 1)
+        return record
+
+    def layer(self, index: int) -> "GSAConfig | None":
+        """The choices of one layer, or None where it keeps softmax attention."""
+        if index in self.softmax_layers:
+            return None
+        return replace(self, softmax_layers=[], layers={}, **self.layers.get(str(index), {}))
+
+    def gsa_layers(self, config: PreTrainedConfig) -> dict[int, "GSAConfig"]:
+        """Layer -> its choices, for each layer without softmax attention."""
+        every = {i: self.layer(i) for i in range(config.num_hidden_layers)}
+        return {i: gsa for i, gsa in every.items() if gsa is not None}
 
     def state_bytes(self, config: PreTrainedConfig) -> int:
-        """Memory of one sequence, however long: float32 keys, values and occupancy of each slot, and the position."""
-        per_layer = 4 * config.num_key_value_heads * self.slots * (2 * head_dim(config) + 1) + 8
-        return config.num_hidden_layers * per_layer
+        """Memory of one sequence in the GSA layers, however long: float32 keys, values and occupancy of each slot, and
+        the position. Layers that keep softmax attention come on top (families.window tells for how many tokens)."""
+        per_slot = 4 * config.num_key_value_heads * (2 * head_dim(config) + 1)
+        return sum(gsa.slots * per_slot + 8 for gsa in self.gsa_layers(config).values())
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -64,17 +84,31 @@ class GSAConfig:
         """The parameters that GSA adds to one attention module, at their starting values, in float32.
 
         f_proj.weight [H*M, hidden]; with a clock write, keep [H, M]; with output_norm g_norm.weight [heads * head_dim].
+        A long slot starts as a moving average with a half-life of 1 to 32 laps of the ring, modulated by a random gate.
         """
         generator = torch.Generator().manual_seed(seed)
-        tensors = {
-            "f_proj.weight": torch.randn(kv_heads * self.slots, hidden, generator=generator) * self.gate_std,
-        }
+        gate = torch.randn(kv_heads, self.slots, hidden, generator=generator)
+        long = self.slots - self.ring if self.ring else 0
+        gate[:, : self.slots - long] *= self.gate_std
+        gate[:, self.slots - long :] *= self.long_gate_std
+        tensors = {"f_proj.weight": gate.flatten(0, 1)}
         if self.ring:
+            half_lives = self.ring * torch.logspace(0, 5, long, base=2.0)
             tensors["write"] = torch.ones(kv_heads, self.slots)
             tensors["keep"] = torch.zeros(kv_heads, self.slots)
+            tensors["keep"][:, self.ring :] = 1 - 0.5 ** (1 / half_lives)
         if self.output_norm:
             tensors["g_norm.weight"] = torch.ones(heads * head_dim)
         return tensors
+
+
+def known_fields(cls: type, values: dict, where: str) -> dict:
+    """`values` themselves; UserError if one is no field of the dataclass `cls`."""
+    known = [f.name for f in fields(cls)]
+    for name in values:
+        if name not in known:
+            raise UserError(f"unknown GSA setting {name!r}", where=where, nearest=nearest(name, known))
+    return values
 
 
 # exact: a ring buffer with sinks, equal to the source's attention over the slots' tokens before any training.
@@ -88,8 +122,9 @@ PRESETS = {
 }  # fmt: skip
 
 
-def preset(name: str, slots: int | None = None, sinks: int | None = None) -> GSAConfig:
-    """A preset with the number of slots and sinks replaced; UserError where they do not fit."""
+def preset(name: str, slots: int | None = None, sinks: int | None = None, long_slots: int = 0) -> GSAConfig:
+    """A preset with the number of slots (of the ring where there is one) and sinks replaced, and long slots added;
+    UserError where they do not fit."""
     if name not in PRESETS:
         raise UserError(
             f"unknown preset {name!r}", where="--preset", nearest=nearest(name, PRESETS) or ", ".join(PRESETS)
@@ -109,7 +144,46 @@ def preset(name: str, slots: int | None = None, sinks: int | None = None) -> GSA
             where="--sinks",
             nearest=str(min(4, gsa.ring - 1)),
         )
-    return gsa
+    if long_slots < 0 or (long_slots and not gsa.ring):
+        reason = "cannot be negative" if gsa.ring else f"lie outside a ring, and preset {name!r} has none"
+        raise UserError(f"{long_slots} long slots: they {reason}", where="--long-slots", nearest="0")
+    return replace(gsa, slots=gsa.slots + long_slots)
+
+
+def fit_layers(gsa: GSAConfig, source: PreTrainedConfig, slots: dict[int, int], softmax_layers: list[int]) -> GSAConfig:
+    """The record of a conversion of `source`: `gsa` with slots of single layers (of the ring where there is one),
+    layers that keep softmax attention, and what each layer's own window asks for.
+
+    A layer whose window fits into its ring needs no sinks: a ring of the window's size equals it on any text. In the
+    others sinks are read within an eighth of what the layer was trained on: on SmolLM2 anything up to a quarter of the
+    trained context holds at 32K tokens, and half of it costs 7 % of perplexity (docs/results/far_sinks.json).
+    """
+    if set(softmax_layers) >= set(range(source.num_hidden_layers)):
+        raise UserError("every layer would keep softmax attention", where="--keep-softmax")
+    for i in sorted(slots):
+        if i in softmax_layers:
+            raise UserError(f"layer {i} keeps softmax attention and has no slots", where="--layer-slots")
+        if slots[i] <= gsa.sinks:
+            raise UserError(f"{slots[i]} slots are too few in layer {i}", where="--layer-slots", nearest=gsa.slots)
+
+    def fitted(ring_or_slots: int, limit: int | None) -> GSAConfig:
+        ring, sinks, distance = (ring_or_slots if gsa.ring else 0), gsa.sinks, None
+        if ring and limit and ring >= limit:
+            ring = ring_or_slots = limit
+            sinks = 0
+        if sinks and gsa.rope:
+            distance = max(ring, min(trained_context(source), limit or trained_context(source)) // 8)
+        long = gsa.slots - gsa.ring if gsa.ring else 0
+        return replace(gsa, slots=ring_or_slots + long, ring=ring, sinks=sinks, sink_distance=distance)
+
+    default = gsa.ring or gsa.slots
+    main, layers = fitted(default, None), {}
+    for i in sorted(set(range(source.num_hidden_layers)) - set(softmax_layers)):
+        mine = asdict(fitted(slots.get(i, default), window(source, i)))
+        changes = {name: value for name, value in mine.items() if value != getattr(main, name)}
+        if changes:
+            layers[str(i)] = changes
+    return replace(main, softmax_layers=sorted(set(softmax_layers)), layers=layers)
 
 
 def make_config_class(family: Family) -> type[PreTrainedConfig]:

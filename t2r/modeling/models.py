@@ -4,6 +4,7 @@ The backbone's code stays the source's. `GSAMixin` works out once per forward wh
 does not know (positions in the document, packed documents, bounded sink distance) and hands it down through **kwargs.
 """
 
+import inspect
 from functools import cache
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
-from t2r.families import FAMILIES, Family
+from t2r.families import FAMILIES, Family, layer_type
 
 from .attention import Context, GSAttention, adopt_attention
 from .cache import adopt
@@ -50,21 +51,31 @@ class GSAMixin(GSAParameters):
         """The source's forward. attention_mask [B, T] or [B, past + T], 1 = token, 0 = padding on either side;
         cu_seq_lens_q [N+1]: packed documents, over the flattened [B*T] tokens (no cache then)."""
         tokens = input_ids if input_ids is not None else inputs_embeds
-        if self.config.use_cache if use_cache is None else use_cache:
-            past_key_values = DynamicCache() if past_key_values is None else past_key_values
-            use_cache = True
+        B, T = tokens.shape[:2]
+        wants_cache = self.config.use_cache if use_cache is None else use_cache
+        if cu_seq_lens_q is None and past_key_values is None and position_ids is not None and attention_mask is None:
+            cu_seq_lens_q = packed_documents(position_ids.expand(B, T))
+        if cu_seq_lens_q is not None and past_key_values is not None:
+            raise ValueError("a cache cannot go on with packed documents: give one or the other")
+        if wants_cache and past_key_values is None and cu_seq_lens_q is None:
+            past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None:
-            adopt(past_key_values, range(len(self.layers)), len(self.layers))
+            adopt(past_key_values, self.gsa_layers, len(self.layers))
         context, position_ids = self.gsa_context(tokens, attention_mask, position_ids, past_key_values, cu_seq_lens_q)
-        # A 4-D mask passes through the backbone untouched: without one it would build [B, 1, T, T] for nobody.
-        unread = torch.empty(1, 1, 1, 1, device=tokens.device)
+        if len(self.gsa_layers) == len(self.layers):
+            # A 4-D mask passes through the backbone untouched: without one it would build [B, 1, T, T] for nobody.
+            attention_mask = torch.empty(1, 1, 1, 1, device=tokens.device)
+        elif cu_seq_lens_q is not None:
+            if (position_ids[:, 0] != 0).any():
+                raise ValueError("with softmax layers a packed document cannot go on in the next row")
+            attention_mask = None  # transformers tells packed documents apart by their positions
         return super().forward(
             input_ids=input_ids,
-            attention_mask=unread,
+            attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
+            use_cache=past_key_values is not None,
             gsa_context=context,
             **kwargs,
         )
@@ -74,16 +85,14 @@ class GSAMixin(GSAParameters):
     ) -> tuple[Context, Tensor]:
         """Context of one forward and the rotary positions [B,T]: the given ones, else the positions in the document."""
         B, T = tokens.shape[:2]
-        memory = None if cache is None else cache.layers[0]
+        memory = None if cache is None else cache.layers[next(iter(self.gsa_layers))]
         past = 0 if memory is None else memory.get_seq_length()
         longest = past + T
-        if cu_seqlens is None and position_ids is not None and mask is None and past == 0:
-            cu_seqlens = packed_documents(position_ids.expand(B, T))
-            longest = int(position_ids.max()) + 1
         if cu_seqlens is not None:
             index = torch.arange(B * T, device=tokens.device)
             document = torch.searchsorted(cu_seqlens[1:], index, right=True)
             positions = (index - cu_seqlens[document]).view(B, T)
+            longest = int(cu_seqlens.diff().max())
             context = Context(cu_seqlens=cu_seqlens)
         elif mask is not None:
             first = 0 if past == 0 else memory.state.position[:, None]
@@ -92,23 +101,43 @@ class GSAMixin(GSAParameters):
             context = Context(positions)
         elif position_ids is not None and past == 0:
             positions = position_ids.expand(B, T)
+            longest = int(positions.max()) + 1
             context = Context(positions)
         else:
             first = torch.zeros(B, dtype=torch.long, device=tokens.device) if past == 0 else memory.state.position
             positions = first[:, None] + torch.arange(T, device=tokens.device)
             context = Context(positions)
-        context.sink_turn = self.sink_turn(positions, longest)
+        context.sink_turns = self.sink_turns(positions, longest)
         return context, positions.clamp(min=0) if position_ids is None else position_ids
 
-    def sink_turn(self, positions: Tensor, longest: int) -> tuple[Tensor, Tensor] | None:
-        """Rotation of a query at each position back to `sink_distance`, or None if no position is beyond it."""
-        gsa = GSAConfig.of(self.config)
-        if not gsa.sinks or not gsa.rope or gsa.sink_distance is None or longest <= gsa.sink_distance + 1:
-            return None
-        beyond = (gsa.sink_distance - positions).clamp(max=0)
-        angle = beyond[..., None].float() * self.rotary_emb.inv_freq.float()
-        angle = torch.cat([angle, angle], dim=-1)
-        return angle.cos(), angle.sin()
+    def sink_turns(self, positions: Tensor, longest: int) -> dict[int, tuple[Tensor, Tensor]]:
+        """Layer -> rotation of a query at each position back to the layer's `sink_distance`, for the layers whose
+        distance some position is beyond. Made by the source's own rotary embedding."""
+        turns, known = {}, {}
+        for i, gsa in self.gsa_layers.items():
+            if gsa.sink_distance is None or longest <= gsa.sink_distance + 1 or not self.rotates(i):
+                continue
+            key = gsa.sink_distance, layer_type(self.config, i)
+            if key not in known:
+                known[key] = self.rotation((gsa.sink_distance - positions).clamp(max=0), key[1])
+            turns[i] = known[key]
+        return turns
+
+    def rotates(self, layer: int) -> bool:
+        """Whether a layer has a rotary embedding at all."""
+        family = FAMILIES[self.config.model_type.removeprefix("gsa_")]
+        return family.rotates is None or bool(
+            getattr(self.get_submodule(family.attention.format(layer)), family.rotates)
+        )
+
+    def rotation(self, positions: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+        """(cos, sin) [B,T,R] float32 of the source's rotary embedding, without its factor on the attention logits."""
+        rotary, kinds = self.rotary_emb, {}
+        scaling = getattr(rotary, "attention_scaling", 1.0)
+        if "layer_type" in inspect.signature(rotary.forward).parameters:
+            kinds, scaling = {"layer_type": kind}, getattr(rotary, f"{kind}_attention_scaling")
+        cos, sin = rotary(torch.empty(0, device=positions.device), position_ids=positions, **kinds)
+        return cos / scaling, sin / scaling
 
 
 def packed_documents(position_ids: Tensor) -> Tensor | None:
@@ -124,10 +153,16 @@ def packed_documents(position_ids: Tensor) -> Tensor | None:
 
 
 def become_gsa(base) -> None:
-    """Replace the attention modules of a source's base model, on the instance."""
-    family, gsa = FAMILIES[base.config.model_type.removeprefix("gsa_")], GSAConfig.of(base.config)
-    for i in range(base.config.num_hidden_layers):
+    """Replace the attention modules of a source's base model, but for those that keep softmax, on the instance."""
+    family = FAMILIES[base.config.model_type.removeprefix("gsa_")]
+    base.gsa_layers = GSAConfig.of(base.config).gsa_layers(base.config)
+    for i, gsa in base.gsa_layers.items():
         adopt_attention(base.get_submodule(family.attention.format(i)), gsa)
+    # Some rotary embeddings change their frequencies once a text is long. Keys in slots cannot be turned anew, and they
+    # are never read from far away, so the frequencies stay those of short texts.
+    rotary = type(base.rotary_emb)
+    forward = torch.no_grad()(inspect.unwrap(rotary.forward))
+    base.rotary_emb.__class__ = type(rotary.__name__, (rotary,), {"__module__": __name__, "forward": forward})
 
 
 @cache
@@ -157,7 +192,7 @@ def model_classes(family: Family) -> tuple[type, type]:
         lm_source._prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs)
         past = model_kwargs.get("past_key_values")
         if past is not None:
-            adopt(past, range(len(self.model.layers)), len(self.model.layers))
+            adopt(past, self.model.gsa_layers, len(self.model.layers))
             if generation_config.is_assistant:
                 past.activate_past_recording()
 

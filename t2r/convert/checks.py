@@ -1,0 +1,254 @@
+"""The questions of `t2r verify` to models in memory: every way of reading a text, the exact start, far sinks."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from t2r.families import FAMILIES
+from t2r.modeling.configuration import GSAConfig
+
+
+@dataclass(frozen=True)
+class Check:
+    """One question: the largest deviation found, the bound it must keep (None: for information), and details."""
+
+    name: str
+    value: float
+    bound: float | None = None
+    note: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return self.bound is None or self.value <= self.bound
+
+
+def softmax_check(model, ids: Tensor, logits: Tensor) -> Check:
+    moved = distance(model(ids, use_cache=False).logits, logits)
+    return Check("softmax put back: logits against the source", moved, 1e-4)
+
+
+def reading_checks(model, ids: Tensor) -> list[Check]:
+    """The same text read at once, in chunks, token by token, resumed twice from one state, and left-padded."""
+    from transformers import DynamicCache
+
+    T = ids.shape[1]
+    whole = model(ids).logits
+
+    def read(cuts: list[int], cache=None) -> Tensor:
+        cache = DynamicCache() if cache is None else cache
+        parts = [model(ids[:, a:b], past_key_values=cache).logits for a, b in zip(cuts, cuts[1:], strict=False)]
+        return torch.cat(parts, dim=1)
+
+    half = DynamicCache()
+    read([0, T // 2], half)
+    resumed = [read([T // 2, T], copy.deepcopy(half)) for _ in range(2)]
+    short = T - 37
+    batch = torch.cat([ids, torch.cat([ids[:, :37], ids[:, :short]], dim=1)])
+    mask = torch.ones_like(batch)
+    mask[1, :37] = 0
+    padded = model(batch, attention_mask=mask).logits
+    pairs = {
+        "in chunks": (read([0, T // 3, T // 3 + 1, T]), whole),
+        "token by token": (read(list(range(T + 1))), whole),
+        "resumed from a state, twice": (torch.cat(resumed), whole[:, T // 2 :].expand(2, -1, -1)),
+        "in a left-padded batch": (torch.cat([padded[0], padded[1, 37:]]), torch.cat([whole[0], whole[0, :short]])),
+    }
+    return [Check(f"read {how}: logits against read at once", distance(*pair), 1e-3) for how, pair in pairs.items()]
+
+
+def low_precision_check(model, low, ids: Tensor) -> Check:
+    """Decoding in bfloat16: what it adds to the error that bfloat16 makes anyway in reading at once, as a ratio."""
+    from transformers import DynamicCache
+
+    T = ids.shape[1]
+    cuts, cache = [0, *range(T - 32, T + 1)], DynamicCache(config=low.config)
+    parts = [low(ids[:, a:b], past_key_values=cache).logits for a, b in zip(cuts, cuts[1:], strict=False)]
+    once = low(ids, use_cache=False).logits
+    noise = rms(once - model(ids, use_cache=False).logits)
+    added = rms(torch.cat(parts, dim=1) - once) / noise
+    return Check("decoding in bfloat16: its error over that of reading at once", added, 2.0)
+
+
+def mixer_reading_checks(model, ids: Tensor) -> list[Check]:
+    """Each mixer's input read at once, in chunks, token by token and left-padded: the largest deviation of its output,
+    over the largest output; and what decoding in bfloat16 adds to the error of bfloat16, as in low_precision_check."""
+    worst: dict[str, float] = {}
+    added: list[float] = []
+
+    def compare(module, args, kwargs, output) -> None:
+        x, positions, largest = kwargs["hidden_states"], kwargs["gsa_context"].positions, output[0].abs().max().item()
+        T = x.shape[1]
+        padded = torch.cat([torch.full((1, 37), -1), positions], dim=1)
+        reads = {
+            "in chunks": read_mixer(module, x, kwargs, positions, [0, T // 3, T // 3 + 1, T]),
+            "token by token": read_mixer(module, x, kwargs, positions, list(range(T + 1))),
+            "left-padded": read_mixer(module, torch.cat([x[:, :37], x], dim=1), kwargs, padded, [0, T + 37])[:, 37:],
+        }
+        for how, read in reads.items():
+            worst[how] = max(worst.get(how, 0.0), distance(read, output[0]) / largest)
+        low = low_precision(module)
+        cuts = [[0, T], [0, *range(T - 32, T + 1)]]
+        once, decoded = (read_mixer(low, x.to(torch.bfloat16), kwargs, positions, cut) for cut in cuts)
+        added.append(rms(decoded - once) / rms(once - output[0]))
+
+    with hooked(gsa_mixers(model).values(), after=compare):
+        model(ids, use_cache=False)
+    checks = [Check(f"mixers read {how}, against read at once", moved, 1e-4) for how, moved in worst.items()]
+    return [*checks, Check("mixers decode in bfloat16: error over that of reading at once", max(added), 2.0)]
+
+
+def low_precision(module):
+    """A copy of a mixer in bfloat16, but for the gate biases, as transformers loads it."""
+    low = copy.deepcopy(module)
+    for name, parameter in low.named_parameters():
+        if name not in ("write", "keep"):
+            parameter.data = parameter.data.to(torch.bfloat16)
+    return low
+
+
+def read_mixer(module, x: Tensor, kwargs: dict, positions: Tensor, cuts: list[int]) -> Tensor:
+    """Output [B,T,W] of a mixer that reads x [B,T,W] from cut to cut into one memory."""
+    from transformers import DynamicCache
+
+    from t2r.modeling.attention import Context
+    from t2r.modeling.cache import adopt
+
+    cache, outputs = DynamicCache(), []
+    adopt(cache, [module.layer_idx], module.layer_idx + 1)
+    # Padding in front has no position: its rotary embedding and its distance to the sinks are anything.
+    front = x.shape[1] - kwargs["hidden_states"].shape[1]
+
+    def part(pair: tuple[Tensor, Tensor], a: int, b: int) -> tuple[Tensor, Tensor]:
+        return tuple(torch.cat([y[:, :front], y], dim=1)[:, a:b].to(x.dtype) for y in pair)
+
+    turns = kwargs["gsa_context"].sink_turns
+    for a, b in zip(cuts, cuts[1:], strict=False):
+        given = {
+            **kwargs,
+            "hidden_states": x[:, a:b],
+            "position_embeddings": part(kwargs["position_embeddings"], a, b),
+            "past_key_values": cache,
+            "gsa_context": Context(positions[:, a:b], sink_turns={i: part(turn, a, b) for i, turn in turns.items()}),
+        }
+        outputs.append(module.forward(**given)[0])
+    return torch.cat(outputs, dim=1)
+
+
+def clock_alone(name: str, tensor: Tensor) -> Tensor:
+    """A tensor of an exact start that has learned nothing, and whose long slots stay empty; others as they are."""
+    end = name.rsplit("self_attn.", 1)[-1]
+    if end in ("f_proj.weight", "keep"):
+        return torch.zeros_like(tensor)
+    return torch.ones_like(tensor) if end == "write" else tensor
+
+
+def exact_start_checks(student, teacher, ids: Tensor, logits: Tensor) -> list[Check]:
+    """With the clock alone at the gates and sinks at their true distance: the source on the first tokens, and beyond
+    them its windowed attention with sinks in the layers that have slots."""
+    layers = student.model.gsa_layers
+    first = min(gsa.ring for gsa in layers.values())
+    with sink_distances(student, lambda gsa: None):
+        start = student(ids, use_cache=False).logits
+    windows = {i: ring_window(gsa, ids.shape[1]) for i, gsa in layers.items()}
+
+    def narrow(module, args, kwargs):
+        mask = torch.where(windows[module.layer_idx], 0.0, torch.finfo(torch.float32).min)
+        return args, {**kwargs, "attention_mask": mask[None, None]}
+
+    mixers = gsa_mixers(teacher, layers).values()
+    with hooked(mixers, before=narrow):
+        windowed = teacher(ids, use_cache=False).logits
+    name = "exact start: logits against"
+    return [
+        Check(f"{name} the source, first {first} tokens", distance(start[:, :first], logits[:, :first]), 1e-3),
+        Check(f"{name} the source's windows with sinks, beyond", distance(start, windowed), 1e-2),
+        Check("the windows themselves move the source's logits by", distance(windowed, logits), note="not a fault"),
+    ]
+
+
+def far_sink_checks(student, teacher, ids: Tensor) -> list[Check]:
+    """Each mixer's last output where its sinks are further away than it may see: against the source's attention over
+    the same sinks and window, brought together so that the sinks are that far away and no further."""
+    layers = {i: gsa for i, gsa in student.model.gsa_layers.items() if gsa.sinks}
+    inputs, outputs, worst = {}, {}, 0.0
+
+    def note(module, args, kwargs, output) -> None:
+        inputs[module.layer_idx], outputs[module.layer_idx] = kwargs["hidden_states"], output[0][:, -1]
+
+    with sink_distances(student, lambda gsa: gsa.ring + 7), hooked(gsa_mixers(student, layers).values(), after=note):
+        student(ids, use_cache=False)
+    for gsa in {(gsa.ring, gsa.sinks): gsa for gsa in layers.values()}.values():
+        alike = {i: other for i, other in layers.items() if (other.ring, other.sinks) == (gsa.ring, gsa.sinks)}
+        window = gsa.ring - gsa.sinks
+        seen = torch.cat([torch.arange(gsa.sinks), torch.arange(-window, 0)])
+        near = torch.cat([torch.arange(gsa.sinks), gsa.ring + 7 + torch.arange(-window, 0) + 1])
+        causal = torch.full((gsa.ring, gsa.ring), torch.finfo(torch.float32).min).triu(1)[None, None]
+        theirs = {}
+
+        def read_theirs(module, args, kwargs, seen=seen):
+            return args, {**kwargs, "hidden_states": inputs[module.layer_idx][:, seen]}
+
+        def note_theirs(module, args, kwargs, output, theirs=theirs) -> None:
+            theirs[module.layer_idx] = output[0][:, -1]
+
+        with hooked(gsa_mixers(teacher, alike).values(), read_theirs, note_theirs):
+            teacher(ids[:, : gsa.ring], position_ids=near[None], attention_mask=causal, use_cache=False)
+        for i, output in theirs.items():
+            worst = max(worst, distance(outputs[i], output) / output.abs().max().item())
+    return [Check("far sinks: mixers against the source's with near ones", worst, 1e-4)] if layers else []
+
+
+def gsa_mixers(model, layers=None) -> dict[int, torch.nn.Module]:
+    """Layer -> attention module, of the given layers; by default those of a GSA model that have slots."""
+    path = FAMILIES[model.config.model_type.removeprefix("gsa_")].attention
+    return {i: model.model.get_submodule(path.format(i)) for i in layers or model.model.gsa_layers}
+
+
+@contextmanager
+def hooked(modules, before=None, after=None) -> Iterator[None]:
+    """Forward hooks with keyword arguments on all modules, for a while."""
+    modules = list(modules)
+    hooks = [m.register_forward_pre_hook(before, with_kwargs=True) for m in modules if before]
+    hooks += [m.register_forward_hook(after, with_kwargs=True) for m in modules if after]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def sink_distances(student, distance) -> Iterator[None]:
+    """Another sink_distance in each layer, for a while."""
+    layers = student.model.gsa_layers
+    student.model.gsa_layers = {i: replace(gsa, sink_distance=distance(gsa)) for i, gsa in layers.items()}
+    try:
+        yield
+    finally:
+        student.model.gsa_layers = layers
+
+
+def ring_window(gsa: GSAConfig, T: int) -> Tensor:
+    """[T, T] bool: whether the clock still holds token j when token i is read."""
+    t = torch.arange(T)
+    slot = gsa.spec.turn(t)
+    overwritten = torch.full((T,), T)  # position of the next token on the same slot
+    last: dict[int, int] = {}
+    for j, m in enumerate(slot.tolist()):
+        if m in last:
+            overwritten[last[m]] = j
+        last[m] = j
+    return (t[None] <= t[:, None]) & (t[:, None] < overwritten[None])
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """Largest absolute difference."""
+    return (a - b).abs().max().item()
+
+
+def rms(x: Tensor) -> float:
+    return x.float().square().mean().sqrt().item()
