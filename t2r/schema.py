@@ -15,6 +15,7 @@ LARGEST_LR = 1.0
 @dataclass
 class ConvertConfig:
     """How the source becomes a GSA model: the options of `t2r convert`. None: the preset's, or the source's dtype.
+    layer_slots: slots of single layers, such as "0-3=128,9=256". keep_softmax: layers that stay, such as "0,8-11".
     verify: prove the result before training it.
     """
 
@@ -22,6 +23,9 @@ class ConvertConfig:
     slots: int | None = None
     sinks: int | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    long_slots: int = 0
+    layer_slots: str = ""
+    keep_softmax: str = ""
     verify: bool = True
 
 
@@ -54,13 +58,17 @@ class LoRAConfig:
 
 @dataclass
 class LossConfig:
-    """kl: weight of KL(teacher || student) in `distill`, the rest is cross-entropy. temperature: of both in the KL.
+    """align: what a mixer's output is judged by, its squared distance or its angle to the teacher's.
+    kl: weight of KL(teacher || student) in `distill`, the rest is cross-entropy. temperature: of both in the KL.
     chunk: tokens whose logits exist at once, the memory knob of `distill` and `lm`; it changes no result.
+    backend: our own loss, or liger-kernel's, which needs a GPU and that package.
     """
 
+    align: Literal["mse", "cosine"] = "mse"
     kl: float = 1.0
     temperature: float = 1.0
     chunk: int = 1024
+    backend: Literal["own", "liger"] = "own"
 
 
 @dataclass

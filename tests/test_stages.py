@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,13 +11,23 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from t2r.data.packing import UNLABELLED, Batch
+from t2r.errors import UserError
 from t2r.families import FAMILIES
 from t2r.modeling.attention import GSAttention
 from t2r.modeling.configuration import CONFIG_CLASSES, GSAConfig, preset
-from t2r.schema import LearningRates, LossConfig, StageConfig
+from t2r.schema import LearningRates, LoRAConfig, LossConfig, StageConfig
 from t2r.train import engine
-from t2r.train.parameters import group_of, learning_rate, parameter_groups, train_offsets
-from t2r.train.stages import STAGES, Align, attention_lessons, hidden_states, sums
+from t2r.train.losses import Mix, head, mixed_loss
+from t2r.train.parameters import (
+    add_adapters,
+    group_of,
+    learning_rate,
+    parameter_groups,
+    plain_name,
+    saved_tensors,
+    train_offsets,
+)
+from t2r.train.stages import STAGES, Align, attention_lessons, hidden_states
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {
@@ -65,26 +76,55 @@ def alone(batch):
 PACKED = [[20, 1, 19], [7, 33]]
 
 
+def tiny_head(width, bias=False, **config):
+    """As much of a causal LM as a loss looks at, in float64."""
+    lm_head = torch.nn.Linear(width, 50, bias=bias, dtype=torch.float64)
+    return SimpleNamespace(lm_head=lm_head, config=SimpleNamespace(**config))
+
+
+def plain_losses(student, teacher, hidden, theirs, labels, temperature):
+    """(KL, cross-entropy) by the formulas, on the labelled tokens, all logits at once."""
+    seen = labels != UNLABELLED
+    logits, target = head(student)(hidden)[seen], head(teacher)(theirs)[seen]
+    ce = cross_entropy(logits, labels[seen], reduction="sum")
+    target = log_softmax(target / temperature, -1)
+    kl = kl_div(log_softmax(logits / temperature, -1), target, log_target=True, reduction="sum")
+    return kl * temperature**2, ce
+
+
+@pytest.mark.parametrize("way", ["in forward", "recomputed"])
 @pytest.mark.parametrize("chunk", [1, 7, 80, 1000])
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_chunked_sums_are_the_plain_formulas(chunk, temperature):
-    torch.manual_seed(0)
-    head, teacher_head = torch.nn.Linear(16, 50, bias=False), torch.nn.Linear(12, 50)
-    hidden, theirs = torch.randn(2, 40, 16, requires_grad=True), torch.randn(2, 40, 12)
+@pytest.mark.parametrize("mix", [Mix(0.7, 0.3, 2.5), Mix(1.0, 0.0, 1.0), Mix(0.0, 1.0)])
+@pytest.mark.parametrize("config", [{}, {"logit_scale": 0.3, "final_logit_softcapping": 2.0}])
+def test_chunked_losses_are_the_plain_formulas(mix, chunk, way, config):
+    student, teacher = tiny_head(16, bias=True, **config), tiny_head(12)
+    hidden, theirs = torch.randn(2, 40, 16).double().requires_grad_(), torch.randn(2, 40, 12).double()
     labels = torch.randint(0, 50, (2, 40))
     labels[0, ::5] = UNLABELLED
-    kl, ce = sums(head, hidden, labels, chunk, teacher_head, theirs, temperature)
-    gradients = torch.autograd.grad(0.7 * kl + 0.3 * ce, [hidden, head.weight])
-    logits, target = head(hidden), log_softmax(teacher_head(theirs) / temperature, -1)
-    plain_kl = kl_div(log_softmax(logits / temperature, -1), target, log_target=True, reduction="sum") * temperature**2
-    plain_ce = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=UNLABELLED, reduction="sum")
-    plain_gradients = torch.autograd.grad(0.7 * plain_kl + 0.3 * plain_ce, [hidden, head.weight])
-    assert kl.item() == pytest.approx(plain_kl.item(), rel=1e-5)
-    assert ce.item() == pytest.approx(plain_ce.item(), rel=1e-5)
-    for ours, plain in zip(gradients, plain_gradients, strict=True):
-        assert torch.allclose(ours, plain, rtol=1e-4, atol=1e-5)
-    alone, ce = sums(head, hidden, labels, chunk)
-    assert alone.item() == 0 and ce.item() == pytest.approx(plain_ce.item(), rel=1e-5)
+    if way == "recomputed":
+        student.lm_head.weight.ds_id = 0  # as ZeRO 3 marks what it has in parts
+    inputs = [hidden, *student.lm_head.parameters()]
+    loss, kl, ce = mixed_loss(student, hidden, labels, mix, LossConfig(chunk=chunk), teacher, theirs)
+    gradients = torch.autograd.grad(3 * loss, inputs)
+    plain_kl, plain_ce = plain_losses(student, teacher, hidden, theirs, labels, mix.temperature)
+    plain = mix.kl * plain_kl + mix.ce * plain_ce
+    assert loss.item() == pytest.approx(plain.item(), rel=1e-12)
+    assert (kl.item(), ce.item()) == pytest.approx((plain_kl.item(), plain_ce.item()), rel=1e-12)
+    for ours, wanted in zip(gradients, torch.autograd.grad(3 * plain, inputs), strict=True):
+        assert torch.allclose(ours, wanted, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        assert mixed_loss(student, hidden, labels, mix, LossConfig(chunk=chunk), teacher, theirs).loss == loss
+    alone = mixed_loss(student, hidden, labels, Mix(0.0, 1.0), LossConfig(chunk=chunk))
+    assert alone.kl.item() == 0 and alone.loss.item() == pytest.approx(plain_ce.item(), rel=1e-12)
+
+
+def test_a_frozen_head_gets_no_gradient_and_the_rest_does():
+    student, hidden = tiny_head(16), torch.randn(1, 40, 16).double().requires_grad_()
+    student.lm_head.requires_grad_(False)
+    labels = torch.randint(0, 50, (1, 40))
+    mixed_loss(student, hidden, labels, Mix(0.0, 1.0), LossConfig(chunk=7)).loss.backward()
+    plain = torch.autograd.grad(cross_entropy(head(student)(hidden)[0], labels[0], reduction="sum"), hidden)[0]
+    assert torch.allclose(hidden.grad, plain) and student.lm_head.weight.grad is None
 
 
 @pytest.mark.parametrize("kind", ["distill", "lm"])
@@ -99,7 +139,7 @@ def test_a_packed_loss_is_that_of_the_documents_alone(kind):
         _, parts = stage.loss(student, teacher, document)
         want["ce"] += parts["ce"].item() / batch.share.item()
         if "kl" in parts:
-            want["kl"] += parts["kl"].item() * document.labels.numel() / batch.labels.numel()
+            want["kl"] += parts["kl"].item() / batch.share.item()
     assert metrics["ce"].item() == pytest.approx(want["ce"], rel=1e-4)
     if kind == "distill":
         assert metrics["kl"].item() == pytest.approx(want["kl"], rel=1e-3)
@@ -122,6 +162,17 @@ def test_packed_align_is_the_relative_error_of_the_documents_alone():
     want = (errors[..., 0] / errors[..., 1]).mean()
     assert loss.item() == pytest.approx(want.item(), rel=1e-4)
     assert loss.item() > 1e-3
+
+
+def test_the_cosine_of_align_is_over_tokens():
+    student, teacher = student_model(), teacher_model()
+    cosine = Align(replace(STAGE, loss=LossConfig(align="cosine")))
+    loss, _ = cosine.loss(student, teacher, batch_of([[40], [40]]))
+    angles = []
+    for layer, (x, rotary, target) in enumerate(attention_lessons(teacher, batch_of([[40], [40]]))):
+        output = student.model.layers[layer].self_attn(x, position_embeddings=rotary)[0]
+        angles.append((output * target).sum(-1) / output.norm(dim=-1) / target.norm(dim=-1))
+    assert loss.item() == pytest.approx(1 - torch.stack(angles).mean().item(), rel=1e-4) and loss.item() > 1e-3
 
 
 def test_our_mask_is_what_transformers_builds_from_positions():
@@ -210,6 +261,46 @@ def test_groups_of_parameters():
         assert parameter.requires_grad == (name in inside)
 
 
+def test_named_groups_come_before_the_others():
+    rates = LearningRates(3e-3, 1e-3, 1e-4, named={"model.layers.0.*": 0.0, "*.write": 5e-3, "lm_head.weight": 2e-4})
+    student = student_model()
+    train_offsets(student)
+    groups = parameter_groups(student, replace(STAGE, lr=rates))
+    names = {id(p): plain_name(name) for name, p in student.named_parameters()}
+    peaks = {names[id(p)]: g["peak"] for g in groups for p in g["params"]}
+    assert not any(name.startswith("model.layers.0.") for name in peaks)
+    assert peaks["model.layers.1.self_attn.write"] == 5e-3 and peaks["model.layers.1.self_attn.keep"] == 3e-3
+    assert peaks["lm_head.weight"] == 2e-4 and peaks["model.embed_tokens.weight"] == 1e-4
+    with pytest.raises(UserError, match="lr.named 'lm_hed.weight' is the name of no.*nearest valid: lm_head.weight"):
+        parameter_groups(student, replace(STAGE, lr=LearningRates(1e-3, named={"lm_hed.weight": 0.0})))
+
+
+def test_adapters_start_as_nothing_and_are_saved_as_part_of_their_weight(monkeypatch):
+    monkeypatch.setattr("t2r.train.parameters.full_tensors", lambda parameters: parameters)
+    student, batch = student_model(), batch_of(PACKED)
+    before = {name: p.detach().clone() for name, p in student.named_parameters()}
+    plain = hidden_states(student, batch)
+    lora = LoRAConfig(rank=3, alpha=6, targets=["q_proj", "down_proj"])
+    add_adapters(student, lora)
+    assert torch.equal(hidden_states(student, batch), plain)
+    groups = parameter_groups(student, replace(STAGE, lora=lora, lr=LearningRates(1e-3, 2e-3, 3e-3)))
+    count = {name: sum(len(g["params"]) for g in groups if g["name"] == name) for name in ("gates", "mixer", "body")}
+    assert count == {"gates": 6, "mixer": 4, "body": 4}
+    for group in groups:
+        for parameter in group["params"]:
+            torch.nn.init.normal_(parameter, std=0.1)
+    changed = hidden_states(student, batch)
+    saved = dict(saved_tensors(student, SimpleNamespace(tensor=before.__getitem__)))
+    names = {name.split(".", 3)[3].removeprefix("self_attn.") for name in saved}
+    assert names == {"q_proj.weight", "mlp.down_proj.weight", "f_proj.weight", "write", "keep"}
+    merged = student_model()
+    merged.load_state_dict(before | saved)
+    assert torch.allclose(hidden_states(merged, batch), changed, atol=1e-5)
+    assert not torch.allclose(changed, plain, atol=1e-2)
+    with pytest.raises(UserError, match="lora.targets 'q_prj' is no linear layer; nearest valid: q_proj"):
+        add_adapters(student_model(), LoRAConfig(targets=["q_prj"]))
+
+
 def test_schedules():
     stage = replace(STAGE, tokens=1000, batch_tokens=10, warmup_tokens=200, end_lr=0.1)
     rates = {s: [learning_rate(replace(stage, schedule=s), i) for i in range(100)] for s in ("linear", "cosine")}
@@ -218,6 +309,8 @@ def test_schedules():
         assert rates[s][20] == 1 and rates[s][60] == pytest.approx(0.55) and 0.1 < rates[s][99] < 0.12
         assert all(a > b for a, b in zip(rates[s][20:], rates[s][21:], strict=False))
     assert [learning_rate(replace(stage, schedule="constant"), i) for i in (0, 20, 99)] == [1 / 21, 1, 1]
+    wsd = [learning_rate(replace(stage, schedule="wsd", decay_tokens=300), i) for i in (0, 20, 70, 85, 99)]
+    assert wsd == pytest.approx([1 / 21, 1, 1, 0.55, 0.13])
 
 
 def gate_gradient(student, teacher, batch):

@@ -258,11 +258,17 @@ def test_a_process_that_dies_ends_the_run_with_its_name(config, start, tmp_path,
 
 
 def test_two_processes_and_every_zero_stage_give_the_losses_of_one(straight, start, config, tmp_path):
+    """And with them activation checkpointing, the optimizer's state offloaded, and a teacher that is sharded too."""
+    options = {
+        1: [f"stages.{i}.activation_checkpointing=true" for i in range(3)],
+        2: ["deepspeed.offload=optimizer"],
+        3: ["deepspeed.teacher=sharded"],
+    }
     script = tmp_path / "three.py"
     script.write_text(f"""
 from t2r.train.finetune import finetune
-for zero in (1, 2, 3):
-    finetune({str(config)!r}, [f"deepspeed.zero={{zero}}"], {str(start)!r}, f"{tmp_path}/zero{{zero}}")
+for zero, words in {options}.items():
+    finetune({str(config)!r}, [f"deepspeed.zero={{zero}}", *words], {str(start)!r}, f"{tmp_path}/zero{{zero}}")
 """)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     environment.pop("LOCAL_RANK", None)
@@ -279,6 +285,21 @@ for zero in (1, 2, 3):
         for name, tensor in tensors(tmp_path / f"zero{zero}" / "model").items():
             # Adam turns the rounding of a gradient near 0 into a whole step: compare by norm, not one by one
             assert (tensor - theirs[name]).norm() < 0.02 * (theirs[name] - before[name]).norm(), (zero, name)
+
+
+def test_adapters_are_trained_resumed_and_merged(straight, start, config, tmp_path, monkeypatch):
+    rates = "{gates: 1e-3, mixer: 1e-2, body: 0}"
+    words = [only("distill")(config), f"stages.0.lr={rates}", "stages.0.lora={rank: 2, targets: [q_proj, o_proj]}"]
+    finetune.finetune(str(config), words, str(start), str(tmp_path / "straight"))
+    before, after = tensors(start), tensors(tmp_path / "straight" / "model")
+    changed = {name.split("self_attn.")[-1] for name in after if not torch.equal(before[name], after[name])}
+    assert changed == {"q_proj.weight", "o_proj.weight", "f_proj.weight", "write", "keep"}
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        at_step(2, patch, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        finetune.finetune(str(config), words, str(start), str(tmp_path / "run"))
+    finetune.finetune(str(config), words, str(start), str(tmp_path / "run"))
+    assert records(tmp_path / "run", "1-distill") == records(tmp_path / "straight", "1-distill")
+    assert all(torch.equal(after[name], tensor) for name, tensor in tensors(tmp_path / "run" / "model").items())
 
 
 def test_accumulation_does_not_change_the_losses(straight, start, config, tmp_path):

@@ -26,6 +26,7 @@ from t2r.train.checkpoint import (
     step_of,
 )
 from t2r.train.log import Log
+from t2r.train.losses import check_liger
 from t2r.train.parameters import add_adapters, parameter_groups, set_learning_rates, train_offsets
 from t2r.train.sharding import Group, from_a_peer, initialize, zero_stage
 from t2r.train.stages import STAGES, Stage
@@ -113,6 +114,8 @@ def train(
     source = open_source(student_folder)
     student = load_student(student_folder, stage)
     groups = parameter_groups(student, stage)
+    if stage.loss.backend == "liger" and stage.kind != "align":
+        check_liger(student, group.device.type)
     if group.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         clear_unfinished(out)

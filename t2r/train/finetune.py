@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
 from io import StringIO
 from pathlib import Path
@@ -209,7 +209,7 @@ def check_converted(folder: Path, settings: RunConfig) -> None:
 
 def make_start(source: str, c: ConvertConfig, out: Path) -> None:
     """`t2r convert`, as the config says."""
-    convert(source, str(out), c.preset, c.slots, c.sinks, c.dtype, verify=c.verify)
+    convert(source, str(out), **asdict(c))
 
 
 def is_first() -> bool:
