@@ -36,6 +36,13 @@ def _convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sinks", type=int, metavar="N", help="slots kept for the first tokens (default: the preset's)"
     )
+    parser.add_argument("--long-slots", type=int, default=0, metavar="N", help="more slots, which no turn overwrites")
+    parser.add_argument(
+        "--layer-slots", default="", metavar="LAYERS=N", help="slots in single layers, such as 0-3=128,9=256"
+    )
+    parser.add_argument(
+        "--keep-softmax", default="", metavar="LAYERS", help="layers that keep their attention, such as 0,8-11"
+    )
     parser.add_argument("--dtype", help="dtype to write (default: the source's)", **one_of(*DTYPES))
     parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
     parser.add_argument("--no-verify", dest="verify", action="store_false", help="skip the check of the written model")
@@ -46,6 +53,9 @@ def _convert(parser: argparse.ArgumentParser) -> None:
 def _verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="OUT", help="folder that `t2r convert` wrote")
     parser.add_argument("--source", metavar="SRC", required=True, help="the model that it was converted from")
+    parser.add_argument(
+        "--by-layer", action="store_true", default=None, help="hold one layer in memory (default: if more does not fit)"
+    )
 
 
 def _generate(parser: argparse.ArgumentParser) -> None:
@@ -72,12 +82,26 @@ def _compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "models", nargs="+", metavar="MODEL", help="the original, then converted ones: folder, GGUF file, LABEL=PATH"
     )
+    _recipe(parser, "runs/compare-CONVERTED")
+
+
+def _eval(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="folder, GGUF file, package:NAME, or LABEL=one of them")
+    _recipe(parser, "runs/eval-MODEL")
+
+
+def _recipe(parser: argparse.ArgumentParser, out: str) -> None:
     parser.add_argument("--recipe", default="quick", metavar="R", help="name or YAML file (default: quick)")
-    parser.add_argument("--out", metavar="DIR", help="folder to make (default: runs/compare-CONVERTED)")
-    parser.add_argument("--data", metavar="DIR", help="folder of benchmark files, which `eval:` in a recipe means")
+    parser.add_argument("--out", metavar="DIR", help=f"folder to make (default: {out})")
+    parser.add_argument("--data", metavar="DIR", help="folder of benchmark files, read in place of the hub's")
     parser.add_argument("--limit", type=int, metavar="N", help="at most N items of each task")
-    parser.add_argument("--device", help="for example cpu or cuda:0 (default: a GPU if there is one)")
+    parser.add_argument(
+        "--batch-size", type=batch_size, metavar="N", help="texts read at once, or auto (default: the recipe's)"
+    )
+    parser.add_argument("--device", help="cpu, cuda:0, or several with commas (default: every GPU, or the CPU)")
     parser.add_argument("--dtype", help="dtype of all models (default: the converted model's)", **one_of(*DTYPES))
+    parser.add_argument("--log-samples", action="store_true", help="write items.jsonl: what was said of every item")
+    parser.add_argument("--allow-code", action="store_true", help="run code that a model wrote, without a sandbox")
 
 
 def _finetune(parser: argparse.ArgumentParser) -> None:
@@ -89,7 +113,9 @@ def _finetune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="machines, which share a disk (default: 1)")
     parser.add_argument("--node-rank", dest="node", type=int, default=0, metavar="N", help="number of this machine")
     parser.add_argument("--master", metavar="HOST[:PORT]", help="machine 0 of --nodes")
-    parser.add_argument("--hostfile", metavar="FILE", help="start all machines from here by ssh; lines: HOST slots=GPUS")
+    parser.add_argument(
+        "--hostfile", metavar="FILE", help="start all machines from here by ssh; lines: HOST slots=GPUS"
+    )
 
 
 def _run(parser: argparse.ArgumentParser) -> None:
@@ -140,6 +166,13 @@ VERBS = {
         "t2r compare original=HuggingFaceTB/SmolLM2-135M-Instruct smollm2-gsa --recipe quick",
         _compare,
         "t2r.evaluate:compare",
+    ),
+    "eval": Verb(
+        "measure one model",
+        "Evaluates a model on a recipe, as `t2r compare` does, without an original beside it.",
+        "t2r eval smollm2-gsa --recipe commonsense",
+        _eval,
+        "t2r.evaluate:evaluate",
     ),
     "finetune": Verb(
         "train a converted model through the stages of a configuration",
@@ -208,6 +241,10 @@ def bytes_of(word: str) -> int:
     if not size:
         raise argparse.ArgumentTypeError(f"'{word}' is no size; nearest valid: 5GB")
     return size
+
+
+def batch_size(word: str) -> int | str:
+    return word if word == "auto" else int(word)
 
 
 def text(word: str) -> str:
@@ -300,7 +337,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"t2r: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
+        for said in interrupt.args:
+            print(f"t2r: {said}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `t2r ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

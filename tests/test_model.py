@@ -5,7 +5,17 @@ import copy
 import pytest
 import torch
 from torch.nn.functional import logsigmoid, silu
-from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    DynamicCache,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    StaticCache,
+)
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import t2r  # noqa: F401
@@ -13,7 +23,7 @@ from t2r.errors import UserError
 from t2r.kernels.gsa import GSASpec, gsa
 from t2r.modeling.attention import GSAttention
 from t2r.modeling.cache import SlotCacheLayer
-from t2r.modeling.configuration import CONFIG_CLASSES, GSAConfig, preset
+from t2r.modeling.configuration import CONFIG_CLASSES, GSAConfig, fit_layers, preset
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 6,
@@ -30,6 +40,8 @@ def teacher_model():
 
 def student_model(name="exact", trained=True, **changes):
     """A converted tiny model; trained: with gates that do everything a gate can do, not the clock alone."""
+    if name == "hybrid":  # softmax below slots of which some are long
+        name, changes = "exact", {"softmax_layers": [0], "slots": SLOTS + 5, **changes}
     record = preset(name, slots=SLOTS, sinks=SINKS if name == "exact" else None).to_dict() | changes
     model = AutoModelForCausalLM.from_config(CONFIG_CLASSES["llama"](**SIZES, gsa=record)).eval()
     missing, unexpected = model.load_state_dict(teacher_model().state_dict(), strict=False)
@@ -50,7 +62,7 @@ def tokens(*shape, seed=0):
     return torch.randint(1, 96, shape, generator=torch.Generator().manual_seed(seed))
 
 
-CASES = pytest.mark.parametrize("model", ["exact", "paper"], indirect=True)
+CASES = pytest.mark.parametrize("model", ["exact", "paper", "hybrid"], indirect=True)
 
 
 @pytest.fixture
@@ -99,7 +111,8 @@ def test_reading_at_once_in_parts_and_by_token_agree(model):
         cache = DynamicCache(config=model.config)
         parts = [model(ids[:, a:b], past_key_values=cache).logits for a, b in zip(cuts, cuts[1:], strict=False)]
         same(torch.cat(parts, dim=1), whole)
-        assert cache.get_seq_length() == 150 and all(isinstance(layer, SlotCacheLayer) for layer in cache.layers)
+        slots = [i for i, layer in enumerate(cache.layers) if isinstance(layer, SlotCacheLayer)]
+        assert cache.get_seq_length() == 150 and slots == list(model.model.gsa_layers)
 
 
 @CASES
@@ -134,12 +147,17 @@ def test_packed_documents_are_read_alone(model):
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     same(model(ids, position_ids=position_ids, use_cache=False).logits, want)
     same(model(ids, cu_seq_lens_q=bounds, use_cache=False).logits, want)
-    # two rows of 100 tokens, bounds over both
-    two_rows = model(ids.view(2, 100), cu_seq_lens_q=bounds.unique(), use_cache=False).logits.flatten(0, 1)[None]
     bounds_with_row = torch.tensor(sorted({*bounds.tolist(), 100}))
     split = model(ids, cu_seq_lens_q=bounds_with_row, use_cache=False).logits
-    same(model(ids.view(2, 100), cu_seq_lens_q=bounds_with_row, use_cache=False).logits.flatten(0, 1)[None], split)
-    same(two_rows, want)
+    rows = ids.view(2, 100)
+    same(model(rows, cu_seq_lens_q=bounds_with_row, use_cache=False).logits.flatten(0, 1)[None], split)
+    if len(model.model.gsa_layers) == 2:  # a document may go on in the next row
+        same(model(rows, cu_seq_lens_q=bounds, use_cache=False).logits.flatten(0, 1)[None], want)
+    else:
+        with pytest.raises(ValueError, match="cannot go on in the next row"):
+            model(rows, cu_seq_lens_q=bounds, use_cache=False)
+    with pytest.raises(ValueError, match="one or the other"):
+        model(ids, cu_seq_lens_q=bounds, past_key_values=DynamicCache())
 
 
 GENERATION = {
@@ -244,8 +262,10 @@ def test_state_size_is_constant_and_forks(model):
     cache, sizes = DynamicCache(), []
     for _ in range(3):
         model(tokens(1, 50), past_key_values=cache)
-        sizes.append(sum(layer.nbytes for layer in cache.layers))
-    assert sizes == [2 * (4 * 2 * SLOTS * (16 + 16 + 1) + 8)] * 3
+        sizes.append(sum(layer.nbytes for layer in cache.layers if isinstance(layer, SlotCacheLayer)))
+    slots = [gsa.slots for gsa in model.model.gsa_layers.values()]
+    assert sizes == [sum(4 * 2 * m * (16 + 16 + 1) + 8 for m in slots)] * 3
+    assert sizes[0] == GSAConfig.of(model.config).state_bytes(model.config)
     fork = copy.deepcopy(cache)
     a, b = tokens(1, 20, seed=1), tokens(1, 20, seed=2)
     want = model(b, past_key_values=copy.deepcopy(cache)).logits
@@ -346,9 +366,11 @@ def test_far_sinks_are_read_at_the_bounded_distance():
 
 
 def test_presets_refuse_what_cannot_be():
-    for options in ({"slots": 0}, {"slots": 4, "sinks": 4}, {"sinks": -1}):
+    for options in ({"slots": 0}, {"slots": 4, "sinks": 4}, {"sinks": -1}, {"long_slots": -1}):
         with pytest.raises(UserError):
             preset("exact", **options)
+    with pytest.raises(UserError, match="outside a ring"):
+        preset("paper", long_slots=4)
     with pytest.raises(UserError, match="no clock"):
         preset("paper", sinks=4)
     with pytest.raises(UserError, match="nearest valid: exact"):
@@ -356,3 +378,57 @@ def test_presets_refuse_what_cannot_be():
     config = CONFIG_CLASSES["llama"](**SIZES, gsa={"slotz": 4})
     with pytest.raises(UserError, match="unknown GSA setting 'slotz'.*nearest valid: slots"):
         AutoModelForCausalLM.from_config(config)
+    for record in ({"layers": {"2": {}}}, {"softmax_layers": [-1]}):
+        with pytest.raises(UserError, match="there is no layer"):
+            AutoModelForCausalLM.from_config(CONFIG_CLASSES["llama"](**SIZES, gsa=record))
+
+
+def test_slots_fit_each_layer():
+    """fit_layers: a ring as large as a layer's window needs no sinks; near sinks stay within what a layer has seen."""
+    kinds = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
+    config = Gemma3TextConfig(
+        num_hidden_layers=4, layer_types=kinds, sliding_window=512, max_position_embeddings=8192
+    )  # fmt: skip
+    gsa = fit_layers(preset("exact", slots=64, long_slots=8), config, {1: 1000, 2: 100}, [3])
+    full, sliding, more = (gsa.layer(i) for i in range(3))
+    assert (full.slots, full.ring, full.sinks, full.sink_distance) == (72, 64, 4, 1024)
+    assert (sliding.slots, sliding.ring, sliding.sinks, sliding.sink_distance) == (520, 512, 0, None)
+    assert (more.slots, more.ring, more.sinks, more.sink_distance) == (108, 100, 4, 1024)
+    assert gsa.layer(3) is None and GSAConfig(**gsa.to_dict()) == gsa
+    assert fit_layers(preset("exact"), config, {}, []).layer(1).sink_distance == 64
+    assert fit_layers(preset("paper"), config, {1: 32}, []).layer(1).slots == 32
+    with pytest.raises(UserError, match="layer 3 keeps softmax"):
+        fit_layers(preset("exact"), config, {3: 8}, [3])
+    with pytest.raises(UserError, match="4 slots are too few in layer 0"):
+        fit_layers(preset("exact"), config, {0: 4}, [])
+    with pytest.raises(UserError, match="every layer would keep softmax"):
+        fit_layers(preset("exact"), config, {}, [0, 1, 2, 3])
+
+
+@torch.no_grad()
+def test_a_ring_of_the_window_is_the_window():
+    """With as many slots as the window of a sliding layer nothing is lost, however long the text."""
+    torch.manual_seed(0)
+    sizes = SIZES | {"sliding_window": 24, "max_position_embeddings": 4096}
+    teacher = MistralForCausalLM(MistralConfig(**sizes)).eval()
+    gsa = fit_layers(preset("exact", slots=64), teacher.config, {}, [])
+    student = AutoModelForCausalLM.from_config(CONFIG_CLASSES["mistral"](**sizes, gsa=gsa.to_dict())).eval()
+    student.load_state_dict(teacher.state_dict(), strict=False)
+    ids = tokens(1, 400)
+    same(student(ids).logits, teacher(ids).logits)
+    assert student.model.gsa_layers[0].slots == 24
+
+
+def test_long_slots_start_as_slow_averages():
+    """From `ring` on no turn comes: half-lives of 1 to 32 laps, another gate in every slot, and gradients."""
+    model = student_model("hybrid", trained=False)
+    layer = model.model.layers[1].self_attn
+    long = layer.keep[:, SLOTS:]
+    torch.testing.assert_close(0.5 ** (SLOTS * 2 ** torch.linspace(0, 5, 5)).reciprocal(), 1 - long[0])
+    assert not layer.keep[:, :SLOTS].any() and layer.f_proj.weight.view(2, -1, 48)[:, :SLOTS].abs().max() == 0
+    assert layer.f_proj.weight.view(2, -1, 48)[:, SLOTS:].std().item() == pytest.approx(0.03, rel=0.2)
+    ids = tokens(2, 70)
+    model(ids, labels=ids).loss.backward()
+    assert (layer.f_proj.weight.grad.view(2, -1, 48).abs().sum(-1) > 0).all() and (
+        layer.keep.grad[:, SLOTS:] != 0
+    ).all()

@@ -1,5 +1,6 @@
 """What a conversion will do, tensor by tensor, worked out from names and shapes before a weight is read."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -54,8 +55,13 @@ class Plan:
 
     @property
     def verify_ram_bytes(self) -> int:
-        """Three float32 models at once: source, softmax put back, GSA."""
-        return MEMORY_FLOOR + 3 * 4 * self.parameters()[0]
+        """Read by layer: the largest part in float32, and as much again while it is made of what is stored."""
+        parts: dict[str, int] = {}
+        for name, (shape, _) in self.targets.items():
+            layer = re.match(r"model\.layers\.\d+\.", name)
+            part = layer[0] if layer else name
+            parts[part] = parts.get(part, 0) + torch.Size(shape).numel()
+        return MEMORY_FLOOR + 2 * 4 * max(parts.values())
 
     def parameters(self) -> tuple[int, int]:
         """(all, new) parameters of the result."""
@@ -69,25 +75,34 @@ class Plan:
 
     @property
     def cache_bytes_per_token(self) -> int:
-        """What the source's key-value cache grows by with each token, in the dtype to write."""
+        """What the key-value cache of the layers with slots grew by with each token, in the dtype to write."""
         c = self.config
-        return c.num_hidden_layers * 2 * c.num_key_value_heads * head_dim(c) * c.dtype.itemsize
+        return len(self.gsa.gsa_layers(c)) * 2 * c.num_key_value_heads * head_dim(c) * c.dtype.itemsize
+
+    def slots_line(self) -> str:
+        """Slots of the layers in words."""
+        layers = list(self.gsa.gsa_layers(self.config).values())
+        count = {gsa.slots for gsa in layers}
+        line = f"{min(count)} slots" if len(count) == 1 else f"{min(count)} to {max(count)} slots"
+        sinks, long = max(gsa.sinks for gsa in layers), max(gsa.slots - gsa.ring if gsa.ring else 0 for gsa in layers)
+        line += (f", {sinks} sinks" if sinks else "") + (f", {long} of them long" if long else "")
+        kept = self.gsa.softmax_layers
+        return line + (f", softmax kept in {len(kept)} of {self.config.num_hidden_layers} layers" if kept else "")
 
     def __str__(self) -> str:
         total, new = self.parameters()
         counts = {status: sum(e.status == status for e in self.entries) for status in Status.__args__}
-        gsa, c = self.gsa, self.config
-        ring = f", {gsa.sinks} sinks" if gsa.ring else ""
+        c = self.config
         even = self.state_bytes / self.cache_bytes_per_token
         rows = {
             "source": f"{self.source.spec} ({c.model_type.removeprefix('gsa_')}, {c.num_hidden_layers} layers, "
             f"{c.num_attention_heads} heads, {c.num_key_value_heads} kv heads)",
-            "result": f"{c.architectures[0]}, preset {self.preset}: {gsa.slots} slots{ring}",
+            "result": f"{c.architectures[0]}, preset {self.preset}: {self.slots_line()}",
             "parameters": f"{total:,}, of them {new:,} new ({new / total:.2%})",
             "tensors": ", ".join(f"{n} {status}" for status, n in counts.items() if n),
             "dtype": f"{str(c.dtype).removeprefix('torch.')}",
             "state": f"{self.state_bytes / 1e6:.2f} MB a sequence at any length; a key-value cache passes it after "
-            f"{even:.0f} tokens",
+            f"{even:.0f} tokens" + (", and the kept layers have one" if self.gsa.softmax_layers else ""),
             "disk": f"{self.disk_bytes / 1e9:.2f} GB",
             "memory": f"{self.ram_bytes / 1e9:.2f} GB to convert, {self.verify_ram_bytes / 1e9:.2f} GB to verify",
         }

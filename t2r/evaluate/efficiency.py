@@ -11,7 +11,7 @@ from torch import Tensor
 from t2r.errors import UserError
 from t2r.evaluate.statistics import Metric
 from t2r.evaluate.task import Outcome, Place, Plot, Task
-from t2r.families import head_dim
+from t2r.families import head_dim, window
 from t2r.modeling import GSAConfig
 
 
@@ -29,14 +29,12 @@ def state_bytes(config, length: int, itemsize: int) -> int:
 
     itemsize: bytes of a number in the KV cache; the state of a GSA layer is float32 whatever the model's dtype.
     """
-    if getattr(config, "gsa", None):
-        return GSAConfig.of(config).state_bytes(config)
-    heads, layers = config.num_key_value_heads, config.num_hidden_layers
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * layers
+    gsa = GSAConfig.of(config) if getattr(config, "gsa", None) else None
+    kept = gsa.softmax_layers if gsa else range(config.num_hidden_layers)
     # a sliding layer keeps the window without the token that is being read
-    kept = [min(length, window - 1) if kind == "sliding_attention" and window else length for kind in kinds]
-    return sum(2 * heads * head_dim(config) * itemsize * tokens for tokens in kept)
+    tokens = sum(min(length, (window(config, i) or length + 1) - 1) for i in kept)
+    dense = 2 * config.num_key_value_heads * head_dim(config) * itemsize * tokens
+    return dense + (gsa.state_bytes(config) if gsa else 0)
 
 
 @dataclass
