@@ -1,0 +1,274 @@
+"""The Triton kernels behind two torch operators, t2r::gsa_forward and t2r::gsa_backward, with autograd between them.
+
+Being operators, they go through torch.compile(fullgraph=True) and activation checkpointing as one node each.
+
+Shape legend: spec.py, tile.py.
+"""
+
+import weakref
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from . import backward, forward
+
+HEAD_DIMS = (64, 80, 96, 128, 256)
+SLOTS = (16, 32, 64, 128, 256)
+GROUPS = range(1, 9)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class Tile(NamedTuple):
+    """chunk: tokens of a chunk (C); heads: query heads of a tile (GB), forward and backward; warps of each kernel."""
+
+    chunk: int
+    heads: tuple[int, int] = (1, 1)
+    written: int = 4
+    output: int = 8
+    values: int = 8
+    keys: int = 8
+    outer: int = 8
+
+
+def tile_for(dim: int, slots: int, groups: int, dtype: torch.dtype) -> Tile:
+    """The one table of tile shapes, by the larger head dim, slots, query heads per kv head and type."""
+    if dtype != torch.bfloat16 or max(dim, slots) > 128:
+        return Tile(16 if dtype != torch.bfloat16 and max(dim, slots) > 128 else 32)
+    return Tile(64, (min(2, groups), 1))
+
+
+def refusal(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, occupancy: bool, s: Tensor | None) -> str | None:
+    """Why the kernels cannot take these inputs, or None if they can."""
+    D, E, M, G = k.shape[-1], v.shape[-1], gate.shape[-1], q.shape[2] // k.shape[2]
+    if D not in HEAD_DIMS or E not in HEAD_DIMS:
+        return f"head dims {D} and {E} (kernels have {', '.join(map(str, HEAD_DIMS))})"
+    if M not in SLOTS:
+        return f"{M} slots (kernels have {', '.join(map(str, SLOTS))})"
+    if G not in GROUPS:
+        return f"{G} query heads per kv head (kernels have 1 to 8)"
+    if not {q.dtype, k.dtype, v.dtype} <= set(DTYPES):
+        return f"inputs of {q.dtype}"
+    if occupancy and s is not None:
+        return "occupancy with write weights apart from the decay"
+    return None
+
+
+def chunk_table(cu_seqlens: Tensor, total: int, chunk: int) -> tuple[Tensor, Tensor]:
+    """Chunks of packed documents [N+1] without a host read: table [n,2] (first token, tokens; 0 tokens where a row is not
+    used, as n counts for the worst case) and bounds [N+1], the first chunk of each document."""
+    lengths = cu_seqlens.diff()
+    bounds = torch.cat([lengths.new_zeros(1), (lengths + chunk - 1).div(chunk, rounding_mode="floor").cumsum(0)])
+    index = torch.arange(total // chunk + lengths.shape[0], device=cu_seqlens.device)
+    document = torch.searchsorted(bounds[1:], index, right=True).clamp(max=lengths.shape[0] - 1)
+    begin = cu_seqlens[document] + (index - bounds[document]) * chunk
+    count = (cu_seqlens[document + 1] - begin).clamp(max=chunk)
+    used = index < bounds[-1]
+    table = torch.stack([torch.where(used, begin, 0), torch.where(used, count, 0)], dim=1)
+    return table.to(torch.int64).contiguous(), bounds.to(torch.int64)
+
+
+_last_tables: dict = {}
+
+
+def chunk_tables(cu_seqlens: Tensor, total: int, chunk: int) -> tuple[Tensor, Tensor]:
+    """`chunk_table`, worked out once for all layers that are given the same tensor."""
+    if torch.compiler.is_compiling() or cu_seqlens.is_inference() or torch.is_inference_mode_enabled():
+        return chunk_table(cu_seqlens, total, chunk)
+    known, version, result = _last_tables.get(chunk, (lambda: None, None, None))
+    if known() is not cu_seqlens or version != (cu_seqlens._version, total):
+        result = chunk_table(cu_seqlens, total, chunk)
+        _last_tables[chunk] = (weakref.ref(cu_seqlens), (cu_seqlens._version, total), result)
+    return result
+
+
+class Launch:
+    """Tile, scratch and the arguments that the kernels of one call share."""
+
+    def __init__(self, q, k, v, gate, s, write, keep, q_sink, positions, table, bounds, form, damping, ring, sinks,
+                 normalised, silu, scale):  # fmt: skip
+        B, T, HQ, D = q.shape
+        H, M, E = k.shape[2], gate.shape[-1], v.shape[-1]
+        self.tile = tile_for(max(D, E), M, HQ // H, q.dtype)
+        self.device, self.shape, self.dims = q.device, (H, M, D, E), {"D": D, "E": E, "M": M}
+        self.chunks = B * triton.cdiv(T, self.tile.chunk) if table is None else table.shape[0]
+        self.documents = B if table is None else bounds.shape[0] - 1
+        self.dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
+        self.bounds, self.flags = bounds, {"PACKED": table is not None, "OCCUPANCY": normalised}
+        self.chunk_args = {"T": T, "chunks_per_row": triton.cdiv(T, self.tile.chunk), "H": H, "table": table,
+                           "positions": positions, "HAS_POSITIONS": positions is not None, "SINKS": sinks, "SILU": silu,
+                           "PRECISION": "tf32x3" if q.dtype == torch.float16 else "ieee", "C": self.tile.chunk,
+                           "BD": triton.next_power_of_2(D), "BE": triton.next_power_of_2(E),
+                           "k": k, "v": v, **strides("k", k), **strides("v", v)}  # fmt: skip
+        self.gate_args = {"gate": gate, "s": s, "write": write, "keep": keep, "damping": damping, "FORM": form,
+                          "RING": ring, "HAS_S": s is not None}  # fmt: skip
+        self.query_args = {"q": q, "q_sink": q_sink, "HAS_SINK": q_sink is not None, "G": HQ // H, "scale": scale,
+                           **strides("q", q)}  # fmt: skip
+        self.tiles = {"L": self.scratch(self.tile.chunk, M), "label": self.scratch(self.tile.chunk, M, dtype=torch.int8),
+                      "w": self.scratch(self.tile.chunk, M, dtype=self.dtype),
+                      "last": self.scratch(dtype=torch.int32)}  # fmt: skip
+        self.decay = self.scratch(M)
+
+    def scratch(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A buffer for every chunk and head."""
+        return torch.empty(self.chunks, self.shape[0], *shape, device=self.device, dtype=dtype)
+
+    def memory(self) -> dict[str, Tensor | None]:
+        """Scratch for the memory (or its adjoint) of every chunk."""
+        H, M, D, E = self.shape
+        occupancy = self.scratch(M) if self.flags["OCCUPANCY"] else None
+        return {"states": self.scratch(D + E, M, dtype=self.dtype), "occupancy": occupancy}
+
+    def state(self) -> tuple[Tensor, Tensor, Tensor]:
+        """New keys [N,H,M,D], values [N,H,M,E] and occupancy [N,H,M] of the documents."""
+        H, M, D, E = self.shape
+        N = self.documents
+        keys, values = (torch.empty(N, H, M, x, device=self.device) for x in (D, E))
+        return keys, values, torch.zeros(N, H, M, device=self.device)
+
+    def run(self, kernel, warps: int, programs: int = 1, **args) -> None:
+        """One program for every chunk and head, or `programs` of them."""
+        known = {**self.chunk_args, **self.gate_args, **self.query_args, **self.tiles, **self.flags, **self.dims,
+                 "decay": self.decay, **args}  # fmt: skip
+        args = {name: known[name] for name in kernel.arg_names}
+        kernel[(self.chunks * self.shape[0] * programs,)](**args, num_warps=warps)
+
+    def scan(self, states: Tensor, occupancy: Tensor | None, begin, end, reverse: bool = False) -> None:
+        """`forward.scan_kernel` over every document; begin and end: (keys, values, occupancy) or None."""
+        H, M, D, E = self.shape
+        features = 8
+        forward.scan_kernel[(self.documents * H, triton.cdiv(D + E, features))](
+            states, self.decay, occupancy, *(begin or (None,) * 3), *(end or (None,) * 3), self.bounds,
+            self.chunk_args["chunks_per_row"], H, REVERSE=reverse, HAS_BEGIN=begin is not None, HAS_END=end is not None,
+            BF=features, **self.flags, **self.dims, num_warps=4,
+        )  # fmt: skip
+
+    def write(self, begin, end) -> dict[str, Tensor | None]:
+        """Gates of every chunk, and the memory before it."""
+        memory = self.memory()
+        self.run(forward.written_kernel, self.tile.written, **memory)
+        self.scan(**memory, begin=begin, end=end)
+        return memory
+
+
+def strides(name: str, x: Tensor) -> dict[str, int]:
+    return {f"{name}_{axis}": x.stride(i) for i, axis in enumerate("bth")}
+
+
+def rows_of(x: Tensor | None) -> Tensor | None:
+    """x as the kernels read it: channels side by side, other strides free."""
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+
+
+@torch.library.custom_op("t2r::gsa_forward", mutates_args=())
+def gsa_forward(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, s: Tensor | None, write: Tensor | None, keep: Tensor | None,
+    q_sink: Tensor | None, positions: Tensor | None, table: Tensor | None, bounds: Tensor | None,
+    keys: Tensor | None, values: Tensor | None, occupancy: Tensor | None,
+    form: str, damping: float, ring: int, sinks: int, normalised: bool, silu: bool, scale: float, final: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """o and the final memory (empty tensors unless `final`). Arguments as gsa(), the spec spelled out."""
+    q, k, v, q_sink = prepare(q, k, v, q_sink)
+    launch = Launch(q, k, v, gate.contiguous(), s if s is None else s.contiguous(), write, keep, q_sink, positions, table,
+                    bounds, form, damping, ring, sinks, normalised, silu, scale)  # fmt: skip
+    end = launch.state() if final else None
+    memory = launch.write(None if keys is None else (keys, values, occupancy), end)
+    o = torch.empty(*q.shape[:3], v.shape[-1], device=q.device, dtype=v.dtype)
+    heads = launch.tile.heads[0]
+    tiles = triton.cdiv(launch.query_args["G"], heads)
+    launch.run(forward.output_kernel, launch.tile.output, tiles, o=o, GB=heads, **memory)
+    return o, *(end or [q.new_empty(0, dtype=torch.float32) for _ in range(3)])
+
+
+def prepare(q: Tensor, k: Tensor, v: Tensor, q_sink: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Inputs with strides that the kernels take: channels contiguous, q and q_sink alike."""
+    q, k, v, q_sink = (rows_of(x) for x in (q, k, v, q_sink))
+    if q_sink is not None and q_sink.stride() != q.stride():
+        q, q_sink = q.contiguous(), q_sink.contiguous()
+    return q, k, v, q_sink
+
+
+@gsa_forward.register_fake
+def _(q, k, v, gate, s, write, keep, q_sink, positions, table, bounds, keys, values, occupancy, form, damping, ring,
+      sinks, normalised, silu, scale, final):  # fmt: skip
+    o = torch.empty(*q.shape[:3], v.shape[-1], device=q.device, dtype=v.dtype)
+    N = q.shape[0] if bounds is None else bounds.shape[0] - 1
+    shape = (N, k.shape[2], gate.shape[-1])
+    shapes = ((*shape, k.shape[-1]), (*shape, v.shape[-1]), shape) if final else 3 * ((0,),)
+    return o, *(torch.empty(x, device=q.device, dtype=torch.float32) for x in shapes)
+
+
+@torch.library.custom_op("t2r::gsa_backward", mutates_args=())
+def gsa_backward(
+    do: Tensor, d_keys: Tensor | None, d_values: Tensor | None, d_occupancy: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, s: Tensor | None, write: Tensor | None, keep: Tensor | None,
+    q_sink: Tensor | None, positions: Tensor | None, table: Tensor | None, bounds: Tensor | None,
+    keys: Tensor | None, values: Tensor | None, occupancy: Tensor | None,
+    form: str, damping: float, ring: int, sinks: int, normalised: bool, silu: bool, scale: float,
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of q, k, v, gate, s, write, keep, q_sink, keys, values, occupancy; empty where there was no input."""
+    q, k, v, q_sink = prepare(q, k, v, q_sink)
+    launch = Launch(q, k, v, gate.contiguous(), s if s is None else s.contiguous(), write, keep, q_sink, positions, table,
+                    bounds, form, damping, ring, sinks, normalised, silu, scale)  # fmt: skip
+    memory = launch.write(None if keys is None else (keys, values, occupancy), None)
+    adjoint = launch.memory()
+    M, C = launch.dims["M"], launch.tile.chunk
+    given = {
+        "do": do.contiguous(), "dw": launch.scratch(C, M), "dlog": launch.scratch(C, M), "adjoint": adjoint["states"],
+        "d_occupancy": adjoint["occupancy"], "GB": launch.tile.heads[1], "LINEAR": form == "linear", **memory,
+    }  # fmt: skip
+
+    def like(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(0 if x is None else x.shape, device=q.device, dtype=dtype or (q if x is None else x).dtype)
+
+    grads = {"dq": like(q), "dk": like(k), "dv": like(v), "dgate": like(gate), "ds": like(s)}
+    grads |= {"d_write": like(write), "d_keep": like(keep), "dq_sink": like(q_sink)}
+    launch.run(backward.values_kernel, launch.tile.values, **given, **grads)
+    launch.run(backward.keys_kernel, launch.tile.keys, **given, **grads)
+    d_begin = None if keys is None else launch.state()
+    launch.scan(**adjoint, begin=None if d_keys is None else tuple(x.contiguous() for x in (d_keys, d_values, d_occupancy)),
+                end=d_begin, reverse=True)  # fmt: skip
+    d_bias = launch.scratch(2, M) if ring else None
+    launch.run(backward.outer_kernel, launch.tile.outer, **given, **grads, d_bias=d_bias)
+    if ring:
+        grads |= {name: d_bias[:, :, i].sum(0).to(x.dtype) for i, (name, x) in enumerate((("d_write", write), ("d_keep", keep)))}
+    return [*grads.values(), *(d_begin or (like(x) for x in (keys, values, occupancy)))]
+
+
+@gsa_backward.register_fake
+def _(do, d_keys, d_values, d_occupancy, q, k, v, gate, s, write, keep, q_sink, positions, table, bounds, keys, values,
+      occupancy, *rest):  # fmt: skip
+    like = (q, k, v, gate, s, write, keep, q_sink, keys, values, occupancy)
+    return [torch.empty(0 if x is None else x.shape, device=q.device, dtype=q.dtype if x is None else x.dtype)
+            for x in like]  # fmt: skip
+
+
+TENSORS = 14  # of gsa_forward's arguments the first 14 are tensors
+
+
+def setup_context(ctx, inputs, output) -> None:
+    *ctx.spec, ctx.final = inputs[TENSORS:]
+    ctx.save_for_backward(*inputs[:TENSORS])
+    ctx.set_materialize_grads(False)
+
+
+def gradient(ctx, do, d_keys, d_values, d_occupancy):
+    tensors = ctx.saved_tensors
+    q, k, v, gate = tensors[:4]
+    if do is None:
+        do = q.new_zeros(*q.shape[:3], v.shape[-1])
+    state = (None, None, None)
+    if ctx.final:
+        N = q.shape[0] if tensors[10] is None else tensors[10].shape[0] - 1
+        shape = (N, k.shape[2], gate.shape[-1])
+        shapes = ((*shape, k.shape[-1]), (*shape, v.shape[-1]), shape)
+        given = (d_keys, d_values, d_occupancy)
+        state = [q.new_zeros(x, dtype=torch.float32) if g is None else g for x, g in zip(shapes, given, strict=True)]
+    grads = torch.ops.t2r.gsa_backward(do, *state, *tensors, *ctx.spec)
+    order = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 11, 12, 13), grads, strict=True))
+    by_input = [None if x is None else order.get(i) for i, x in enumerate(tensors)]
+    return *by_input, *(len(ctx.spec) + 1) * [None]
+
+
+gsa_forward.register_autograd(gradient, setup_context=setup_context)
