@@ -149,12 +149,12 @@ def test_verify_measures_a_wrong_layer(converted, tiny_llama, tmp_path):
 
 
 def test_a_conversion_that_does_not_verify_leaves_nothing(tiny_llama, tmp_path, monkeypatch):
-    real = writer.FolderWriter.add
+    real = writer.FolderWriter.add_piece
 
-    def damage(self, name, tensor):
-        real(self, name, tensor * 1.01 if name == "model.norm.weight" else tensor)
+    def damage(self, name, start, values):
+        real(self, name, start, values * 1.01 if name == "model.norm.weight" else values)
 
-    monkeypatch.setattr(writer.FolderWriter, "add", damage)
+    monkeypatch.setattr(writer.FolderWriter, "add_piece", damage)
     with pytest.raises(UserError, match="does not equal its source"):
         convert(str(tiny_llama), str(tmp_path / "out"))
     assert not list(tmp_path.iterdir())
@@ -203,7 +203,7 @@ def test_a_hash_covers_the_whole_file(kind, tmp_path):
         LlamaConfig().save_pretrained(tmp_path)
         source = open_source(tmp_path)
     digests, skip = {}, set(source.names()[3:])
-    assert [name for name, _ in source.items(skip=skip, digests=digests)] == source.names()[:3]
+    assert [name for name, *_ in source.pieces(skip, digests)] == source.names()[:3]
     assert digests == {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in source.files}
 
 
@@ -218,18 +218,16 @@ def test_shards_have_the_size_asked_for(tiny_llama, tmp_path):
 KILLED = """
 import os, signal, sys
 from t2r.convert import convert, writer
-from t2r.convert import source as source_module
 
-commits, real = [], writer.FolderWriter._bring_to_disk
-writer.COMMIT_BYTES = 20_000
+added, real = [], writer.FolderWriter.add_piece
 
-def die_at_the_third(self, names):
-    real(self, names)
-    commits.append(names)
-    if len(commits) == 3:
+def die_in_the_twelfth_tensor(self, name, start, values):
+    added.append(name)
+    real(self, name, start, values[: len(values) // 2] if len(added) == 12 else values)
+    if len(added) == 12:
         os.kill(os.getpid(), signal.SIGKILL)
 
-writer.FolderWriter._bring_to_disk = die_at_the_third
+writer.FolderWriter.add_piece = die_in_the_twelfth_tensor
 convert(sys.argv[1], sys.argv[2], verify=False, shard_size=60_000)
 """
 
@@ -243,13 +241,13 @@ def test_a_killed_conversion_goes_on(tiny_llama, tmp_path, capfd, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == [".out.partial"]
     convert(str(tiny_llama), str(whole), verify=False, shard_size=60_000)
 
-    added, real = [], writer.FolderWriter.add
-    monkeypatch.setattr(writer.FolderWriter, "add", lambda self, name, x: (added.append(name), real(self, name, x)))
+    added, real = [], writer.FolderWriter.add_piece
+    monkeypatch.setattr(writer.FolderWriter, "add_piece", lambda *args: (added.append(args[1]), real(*args)))
     capfd.readouterr()
     convert(str(tiny_llama), str(out), shard_size=60_000)
     total = len(json.loads((out / "conversion.json").read_text())["tensors"])
-    assert f"a killed run has written {total - len(added)} of {total} tensors" in capfd.readouterr().out
-    assert 0 < len(added) < total
+    assert f"a killed run has written 11 of {total} tensors" in capfd.readouterr().out
+    assert len(added) == len(set(added)) == total - 11
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "whole"]
     for path in whole.iterdir():
         assert path.read_bytes() == (out / path.name).read_bytes(), path.name

@@ -95,6 +95,19 @@ def test_transformers_reads_our_shards_and_agrees_on_the_index(tmp_path):
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in loaded.state_dict().items())
 
 
+def test_pieces_come_in_order(tmp_path):
+    with FolderWriter(tmp_path / "out", plan_of({"double": TENSORS["double"]})) as folder:
+        folder.add_piece("double", 0, TENSORS["double"][:3])
+        for start, values in ((0, TENSORS["double"]), (4, TENSORS["double"][4:]), (3, torch.zeros(4))):
+            with pytest.raises(ValueError, match="double has no place for"):
+                folder.add_piece("double", start, values)
+            folder._begun["double"] = 3
+        folder.add_piece("double", 3, TENSORS["double"][3:])
+        with pytest.raises(ValueError, match="double has no place for"):
+            folder.add_piece("double", 7, torch.zeros(1, dtype=torch.float64))
+    assert torch.equal(load_file(tmp_path / "out/model.safetensors")["double"], TENSORS["double"])
+
+
 def test_folder_has_ordinary_permissions(tmp_path):
     write(tmp_path / "out", {})
     (tmp_path / "plain").mkdir()
@@ -181,7 +194,7 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     assert not any(tmp_path.iterdir())
 
 
-def test_what_a_killed_run_wrote_is_continued_only_by_the_same(tmp_path):
+def test_what_a_killed_run_wrote_is_continued_only_by_the_same(tmp_path, monkeypatch):
     """The killed run is a copy of the folder in the middle of a run: what is on disk and noted then is all there is."""
     plan, out, partial = plan_of(TENSORS), tmp_path / "out", tmp_path / ".out.partial"
 
@@ -189,8 +202,7 @@ def test_what_a_killed_run_wrote_is_continued_only_by_the_same(tmp_path):
         with pytest.raises(KeyboardInterrupt), FolderWriter(out, plan, shard_size=60, **options) as folder:
             folder.add("half", TENSORS["half"])
             folder.add("double", TENSORS["double"])
-            folder.flush()
-            folder.add("count", TENSORS["count"])
+            folder.add_piece("strided", 0, torch.zeros(3))  # begun, not complete
             shutil.copytree(folder.path, path)
             raise KeyboardInterrupt
         assert not partial.exists()
@@ -205,14 +217,16 @@ def test_what_a_killed_run_wrote_is_continued_only_by_the_same(tmp_path):
                 folder.add(name, tensor)
         assert not partial.exists()
         shutil.rmtree(out)
-    for damage in (None, "torn", "lost"):
+    for damage in (None, "torn", "lost", "reboot"):
         shutil.copytree(tmp_path / "killed", partial)
         if damage == "torn":
-            (partial / ".written").write_text((partial / ".written").read_text() + '["empty", "sca')
+            (partial / ".written").write_text((partial / ".written").read_text() + '"scal')
         if damage == "lost":
             (partial / "model-00002-of-00003.safetensors").unlink()
+        if damage == "reboot":
+            monkeypatch.setattr(writer, "BOOT_ID", tmp_path / "killed/.written")
         with FolderWriter(out, plan, shard_size=60, resume="a") as folder:
-            assert folder.written == ({"half"} if damage == "lost" else {"half", "double"})
+            assert folder.written == {"lost": {"half"}, "reboot": set()}.get(damage, {"half", "double"})
             for name, tensor in TENSORS.items():
                 if name not in folder.written:
                     folder.add(name, tensor)
@@ -282,16 +296,16 @@ source = open_source(root / "src")
 before = peak()
 plan = {name: (source.shape(name), source.dtype(name)) for name in source.names()}
 with FolderWriter(root / "out", plan, shard_size=200 * MB) as folder:
-    for name, tensor in source.items():
-        folder.add(name, tensor)
+    for name, start, values in source.pieces():
+        folder.add_piece(name, start, values)
 print(peak() - before)
 """
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="peak memory is read from Linux' /proc")
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
-def test_streaming_holds_one_tensor(tmp_path, kind):
-    # 600 MB in 10 tensors of 60 MB; 2 x 60 + 150 MB may be held, less than half of it.
+def test_streaming_holds_one_tensor_at_most(tmp_path, kind):
+    # 600 MB in 10 tensors of 60 MB: of safetensors a piece of 8 MB is held, of a pickle a tensor and its mapping.
     tensors = {f"model.t{i}": torch.full((30_000_000,), i, dtype=torch.float16) for i in range(10)}
     if kind == "safetensors":
         write(tmp_path / "src", tensors)
@@ -303,7 +317,7 @@ def test_streaming_holds_one_tensor(tmp_path, kind):
     run = subprocess.run(
         [sys.executable, "-c", STREAM, str(tmp_path), kind], capture_output=True, text=True, check=True
     )
-    assert int(run.stdout) < 270_000_000
+    assert int(run.stdout) < (40_000_000 if kind == "safetensors" else 270_000_000)
     for file in sorted((tmp_path / "out").glob("*.safetensors")):
         for name, tensor in load_file(file).items():
             assert torch.equal(tensor, torch.full_like(tensor, int(name.removeprefix("model.t"))))

@@ -31,11 +31,16 @@ def convert(
     verify: bool = True,
     hash: bool = True,
     shard_size: int | None = None,
+    long_slots: int = 0,
+    layer_slots: str = "",
+    keep_softmax: str = "",
 ) -> None:
     """Convert `source` (hub id, folder, GGUF file or package:NAME) into the new folder `out`.
 
     preset: "exact" starts as a ring buffer that equals the source within its slots; "paper" as arXiv 2409.07146.
-    slots, sinks: in place of the preset's. dtype: name of the dtype to write, default the source's (float32 for GGUF).
+    slots, sinks: in place of the preset's. long_slots: added outside the ring. layer_slots: in place of slots in single
+    layers, such as "0-3=128,9=256". keep_softmax: layers that stay as they are, such as "0,8-11".
+    dtype: name of the dtype to write, default the source's (float32 for GGUF).
     dry_run: print the plan and stop. verify: prove the result before it gets its name; nothing is left if that fails.
     hash: record the SHA-256 of every file of the source. shard_size: bytes of a weight file at most, default 5 GB.
 
@@ -52,7 +57,7 @@ def convert(
         check_absent(out)
     opened = open_source(source)
     check_config(opened)
-    plan = make_plan(opened, preset, slots, sinks, dtype)
+    plan = make_plan(opened, preset, slots, sinks, dtype, long_slots, layer_slots, keep_softmax)
     print(plan, flush=True)
     if dry_run:
         return
@@ -82,7 +87,7 @@ def check_config(source) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from t2r.convert.source import first_line
+    from t2r.convert.source import CONFIG_FAULTS, first_line
     from t2r.errors import UserError
 
     config = source.config
@@ -100,7 +105,7 @@ def check_config(source) -> None:
     try:
         with torch.device("meta"):
             AutoModelForCausalLM.from_config(config)
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except CONFIG_FAULTS as error:
         what = f"the config describes no model: {type(error).__name__}: {first_line(error)}"
         raise UserError(what, where=source.path) from error
 
@@ -137,25 +142,26 @@ def write_weights(plan, writer, hashing: bool) -> dict[str, str] | None:
     from t2r.errors import UserError
 
     source, digests = plan.source, {} if hashing else None
-    status = {e.name: e.status for e in plan.entries}
+    targets, tied = plan.targets, {e.name for e in plan.entries if e.status == "tied"}
     size = sum(source.nbytes(name) for name in source.names() if name not in writer.written)
-    bar = tqdm(total=size, unit="B", unit_scale=True, desc="converting", disable=not sys.stderr.isatty())
-    with bar:
-        for name, tensor in source.items(skip=writer.written, digests=digests):
-            if not all_finite(tensor):
+    with tqdm(total=size, unit="B", unit_scale=True, desc="converting", disable=not sys.stderr.isatty()) as bar:
+        for name, start, values in source.pieces(skip=writer.written, digests=digests):
+            if not all_finite(values):
                 raise UserError(f"tensor {name} holds NaN or infinite values", where=source.path)
-            if status[name] != "tied":
-                writer.add(name, tensor.to(plan.targets[name][1]))
-            elif not torch.equal(tensor, source.tensor("model.embed_tokens.weight")):
+            if name in tied and not start:
+                embedding = source.tensor("model.embed_tokens.weight").flatten()
+            if name not in tied:
+                writer.add_piece(name, start, values.to(targets[name][1]))
+            elif not torch.equal(values, embedding[start : start + len(values)]):
                 raise UserError(
                     f"{name} differs from model.embed_tokens.weight, but the config ties them",
                     where=source.path,
                     nearest='"tie_word_embeddings": false in config.json',
                 )
-            bar.update(tensor.nbytes)
+            bar.update(values.nbytes)
     for name, tensor in plan.new_tensors.items():
         if name not in writer.written:
-            writer.add(name, tensor.to(plan.targets[name][1]))
+            writer.add(name, tensor.to(targets[name][1]))
     return digests
 
 

@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+from collections.abc import Iterator
 from pathlib import Path, PureWindowsPath
 
 import torch
@@ -57,6 +58,18 @@ class FolderSource(Source):
             return _load_pickle(stored.file)[stored.key].clone(memory_format=torch.contiguous_format)
         size = torch.Size(stored.shape).numel() * stored.dtype.itemsize
         return reader.read(stored.offset, size, stored.key).view(stored.dtype).reshape(stored.shape)
+
+    def _pieces(self, stored: Stored, reader: Reader, buffer: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+        if stored.offset is None:
+            yield from super()._pieces(stored, reader, buffer)
+            return
+        size = torch.Size(stored.shape).numel() * stored.dtype.itemsize
+        for begin in range(0, size, len(buffer)):
+            piece = buffer[: min(len(buffer), size - begin)]
+            reader.read_into(piece, stored.offset + begin, stored.key)
+            yield begin // stored.dtype.itemsize, piece.view(stored.dtype)
+        if not size:
+            yield 0, torch.empty(0, dtype=stored.dtype)
 
     def generation_config(self):
         from transformers import GenerationConfig

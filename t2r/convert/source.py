@@ -13,6 +13,9 @@ import torch
 from t2r.errors import UserError, nearest
 
 PACKAGE = "package:"
+PIECE_BYTES = 8 << 20  # large enough for a disk, small enough for a cache
+# What transformers raises for a config that makes no sense, depending on where it notices.
+CONFIG_FAULTS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -90,20 +93,24 @@ class Reader:
 
     def read(self, offset: int, size: int, what: str) -> torch.Tensor:
         """`size` bytes from `offset` on, as a uint8 tensor that owns its memory. UserError if the file ends early."""
+        data = torch.empty(size, dtype=torch.uint8)
+        self.read_into(data, offset, what)
+        return data
+
+    def read_into(self, data: torch.Tensor, offset: int, what: str) -> None:
+        """Fill the uint8 tensor `data`. UserError as `read`."""
         if self._sha256:
             self._hash_up_to(offset)
-        data = torch.empty(size, dtype=torch.uint8)
         view = memoryview(data.numpy())
         try:
             self._file.seek(offset)
             count = self._file.readinto(view)
         except OSError as error:
             raise UserError(f"tensor {what} cannot be read: {error.strerror}", where=self.path) from error
-        if count != size:
+        if count != len(view):
             raise UserError(f"tensor {what} ends early: the file changed while it was read", where=self.path)
         if self._sha256:
             self._sha256.update(view)
-        return data
 
     def digest(self) -> str | None:
         """SHA-256 of the whole file in hexadecimal, or None without `hashing`."""
@@ -157,20 +164,31 @@ class Source:
         """The files that hold the tensors, in storage order."""
         return list(dict.fromkeys(stored.file for stored in self._stored.values()))
 
-    def items(
-        self, skip: Container[str] = (), digests: dict[str, str] | None = None
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every (name, tensor) in storage order, file by file, but those in `skip`.
+    def items(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every (name, tensor) in storage order."""
+        for name in self.names():
+            yield name, self.tensor(name)
 
-        digests: filled with each file's name and SHA-256, from the same read.
+    def pieces(
+        self, skip: Container[str] = (), digests: dict[str, str] | None = None
+    ) -> Iterator[tuple[str, int, torch.Tensor]]:
+        """The values of every tensor but those in `skip`, in storage order: (name, index of the first value, values).
+
+        A piece is flat, of the tensor's dtype, and gone when the next one is asked for: memory for each anew would cost
+        more than reading it. digests: filled with each file's name and SHA-256, from the same read.
         """
+        buffer = torch.empty(PIECE_BYTES, dtype=torch.uint8)
         for file, group in groupby(self._stored.items(), key=lambda item: item[1].file):
             with Reader(file, hashing=digests is not None) as reader:
                 for name, stored in group:
                     if name not in skip:
-                        yield name, self._read(stored, reader)
+                        for start, values in self._pieces(stored, reader, buffer):
+                            yield name, start, values
                 if digests is not None:
                     digests[file.name] = reader.digest()
+
+    def _pieces(self, stored: Stored, reader: Reader, buffer: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+        yield 0, self._read(stored, reader).reshape(-1)
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read one tensor to the CPU. It owns its memory."""
@@ -212,7 +230,15 @@ def load_config(path: Path, gguf_file: str | None = None):
             method = quantised.get("quant_method", "unnamed method")
             raise UserError(f"the weights are quantised ({method}); only plain weights and GGUF are read", where=where)
         return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False, **options)
-    except (StrictDataclassError, ArithmeticError, OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+    except (
+        StrictDataclassError,
+        ArithmeticError,
+        OSError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+    ) as error:
         cause = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
         raise UserError(f"the config cannot be used: {first_line(cause)}", where=where) from error
 

@@ -7,7 +7,7 @@ import secrets
 import shlex
 import shutil
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from io import FileIO
 from pathlib import Path
 
 import torch
@@ -21,10 +21,9 @@ except ImportError:  # Windows: two conversions into one folder are not kept apa
     fcntl = None
 
 SHARD_SIZE = 5_000_000_000
-# So many bytes are on disk, and noted as such, before more of them are written: what a killed run loses at most.
-COMMIT_BYTES = 1_000_000_000
 JOURNAL = ".written"
 DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 PROC_MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -36,7 +35,8 @@ class FolderWriter:
     plan: every tensor's (shape, dtype); plan order decides which shard it goes to
     shard_size: most bytes of tensor data in one file; a larger tensor gets a file of its own
     resume: names what is written (source, its state, options). A run that was killed leaves its sibling behind; a later
-        one with the same `resume` and plan goes on with it, any other starts over. None: never go on.
+        one with the same `resume` and plan goes on with it, any other starts over. So does one after a reboot: what a
+        killed process wrote is in the kernel's hands, what a dead machine wrote may be lost. None: never go on.
 
     `path` is the folder to put other files in, `written` the tensors that are there already; both valid inside the
     context. When the context ends with any exception nothing is left behind. Raises UserError when `out` exists or
@@ -55,17 +55,15 @@ class FolderWriter:
         self.path = self.out.parent / f".{self.out.name}.{suffix}"
         self.plan = {name: (tuple(shape), dtype) for name, (shape, dtype) in plan.items()}
         self.written: set[str] = set()
-        self._mark = hashlib.sha256(repr((resume, shard_size, self.plan)).encode()).hexdigest() if resume else None
+        self._mark = _fingerprint(resume, shard_size, self.plan) if resume else None
         self._shards = _split(self.plan, shard_size)
         self._places: dict[str, tuple[Path, int]] = {}
         self._made_parents: list[Path] = []
         self._files: dict[str, Path] = {}
         self._owned = False  # whether the folder at `path` is ours to remove
         self._lock: int | None = None
-        self._uncommitted: list[str] = []
-        self._uncommitted_bytes = 0
-        self._commits = ThreadPoolExecutor(1, thread_name_prefix="commit")
-        self._committing: Future | None = None
+        self._open: dict[Path, FileIO] = {}
+        self._begun: dict[str, int] = {}  # elements written of each tensor that is not complete
         check_absent(self.out)
 
     def __enter__(self) -> "FolderWriter":
@@ -96,16 +94,29 @@ class FolderWriter:
         got = tuple(tensor.shape), tensor.dtype
         if got != self.plan[name]:
             raise ValueError(f"tensor {name} is {got}, but the plan says {self.plan[name]}")
-        file, offset = self._places.pop(name)
-        data = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        self.add_piece(name, 0, tensor.detach().cpu().contiguous().reshape(-1))
+
+    def add_piece(self, name: str, start: int, values: torch.Tensor) -> None:
+        """Write the part of a tensor that begins at its element `start`; values are flat, parts come in order."""
+        (shape, dtype), done = self.plan[name], self._begun.pop(name, 0)
+        size = torch.Size(shape).numel()
+        if name not in self._places or values.dtype != dtype or start != done or start + len(values) > size:
+            raise ValueError(f"tensor {name} has no place for {len(values)} values of {values.dtype} at {start}")
+        file, offset = self._places[name]
         try:
-            with open(file, "r+b") as shard:
-                shard.seek(offset)
-                shard.write(data)
-            self._uncommitted.append(name)
-            self._uncommitted_bytes += len(data)
-            if self._uncommitted_bytes >= COMMIT_BYTES:
-                self._commit()
+            if file not in self._open:
+                self._open[file] = open(file, "r+b", buffering=0)
+            self._open[file].seek(offset + start * dtype.itemsize)
+            rest = memoryview(values.view(torch.uint8).numpy())
+            while rest:  # the kernel takes at most 2 GB at once
+                rest = rest[self._open[file].write(rest) :]
+            if start + len(values) < size:
+                self._begun[name] = start + len(values)
+                return
+            del self._places[name]
+            if self._mark:
+                with open(self.path / JOURNAL, "a", encoding="utf-8") as journal:
+                    journal.write(json.dumps(name) + "\n")
         except OSError as error:
             raise UserError(f"cannot write tensor {name}: {error.strerror}", where=self.out) from error
 
@@ -116,8 +127,8 @@ class FolderWriter:
     def flush(self) -> None:
         """Return when all that was added is on disk."""
         try:
-            self._commit()
-            self._committing.result()
+            for file in self._open.values():
+                os.fsync(file.fileno())
         except OSError as error:
             raise UserError(f"cannot write: {error.strerror}", where=self.out) from error
 
@@ -129,22 +140,6 @@ class FolderWriter:
             raise UserError(f"cannot finish the folder: {failure.strerror}", where=self.out) from failure
         finally:
             self._discard()
-
-    def _commit(self) -> None:
-        """Have what was added brought to disk and noted, while more is added. Waits for the commit before this one."""
-        if self._committing:
-            self._committing.result()
-        names, self._uncommitted, self._uncommitted_bytes = self._uncommitted, [], 0
-        self._committing = self._commits.submit(self._bring_to_disk, names)
-
-    def _bring_to_disk(self, names: list[str]) -> None:
-        for file in {self._files[name] for name in names}:
-            _sync(file)
-        if self._mark:
-            with open(self.path / JOURNAL, "a", encoding="utf-8") as journal:
-                journal.write(json.dumps(names) + "\n")
-                journal.flush()
-                os.fsync(journal.fileno())
 
     def _lock_folder(self) -> None:
         self._lock = os.open(self.path, os.O_RDONLY) if fcntl else None
@@ -158,19 +153,19 @@ class FolderWriter:
             raise UserError("another conversion is writing there", where=self.out)
 
     def _resume(self) -> None:
-        """Find out what a killed run has brought to disk; remove what another conversion has left."""
+        """Find out what a killed run has written; remove what another conversion has left."""
         journal = self.path / JOURNAL
         lines = journal.read_text(encoding="utf-8").splitlines() if journal.exists() else []
         if lines[:1] == [self._mark]:
             for line in lines[1:]:
                 try:
-                    self.written.update(json.loads(line))
+                    self.written.add(json.loads(line))
                 except ValueError:  # the line that the kill interrupted
                     break
         else:
             for path in self.path.iterdir():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        journal.write_text(f"{self._mark}\n{json.dumps(sorted(self.written))}\n", encoding="utf-8")
+        journal.write_text("\n".join([self._mark, *map(json.dumps, sorted(self.written)), ""]), encoding="utf-8")
 
     def _finish(self) -> None:
         if self._places:
@@ -188,7 +183,8 @@ class FolderWriter:
 
     def _discard(self) -> None:
         """Remove what was not renamed, with the parents that were made for it."""
-        self._commits.shutdown()
+        for file in self._open.values():
+            file.close()
         if self._owned:
             shutil.rmtree(self.path, ignore_errors=True)
         for parent in self._made_parents:
@@ -234,6 +230,14 @@ class FolderWriter:
         }
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (self.path / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+def _fingerprint(*parts: object) -> str:
+    try:
+        boot = BOOT_ID.read_text()
+    except OSError:  # not Linux: nothing tells two boots apart, so no run goes on with another's
+        boot = secrets.token_hex()
+    return hashlib.sha256(repr((boot, *parts)).encode()).hexdigest()
 
 
 def check_absent(out: str | Path) -> None:
