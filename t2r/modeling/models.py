@@ -115,7 +115,8 @@ class GSAMixin(GSAParameters):
         distance some position is beyond. Made by the source's own rotary embedding."""
         turns, known = {}, {}
         for i, gsa in self.gsa_layers.items():
-            if gsa.sink_distance is None or longest <= gsa.sink_distance + 1 or not self.rotates(i):
+            bounded = gsa.sinks and gsa.sink_distance is not None and self.rotates(i)
+            if not bounded or longest <= gsa.sink_distance + 1:
                 continue
             key = gsa.sink_distance, layer_type(self.config, i)
             if key not in known:
@@ -126,9 +127,8 @@ class GSAMixin(GSAParameters):
     def rotates(self, layer: int) -> bool:
         """Whether a layer has a rotary embedding at all."""
         family = FAMILIES[self.config.model_type.removeprefix("gsa_")]
-        return family.rotates is None or bool(
-            getattr(self.get_submodule(family.attention.format(layer)), family.rotates)
-        )
+        attention = self.get_submodule(family.attention.format(layer))
+        return family.rotates is None or bool(getattr(attention, family.rotates))
 
     def rotation(self, positions: Tensor, kind: str) -> tuple[Tensor, Tensor]:
         """(cos, sin) [B,T,R] float32 of the source's rotary embedding, without its factor on the attention logits."""
