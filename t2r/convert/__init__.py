@@ -180,8 +180,10 @@ def write_rest(plan, path, digests: dict[str, str] | None) -> None:
     from transformers import GenerationConfig
 
     from t2r import __version__
+    from t2r.convert.standalone import write_standalone
 
     plan.config.save_pretrained(path)
+    write_standalone(plan.config, path)
     generation = plan.source.generation_config() or GenerationConfig.from_model_config(plan.config)
     generation.save_pretrained(path)
     plan.source.save_tokenizer(path)
