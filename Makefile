@@ -6,13 +6,22 @@ PYTHON := $(VENV)/bin/python
 # One stamp for each checkout: an active environment may hold another checkout's t2r.
 STAMP := $(VENV)/.t2r-installed-$(shell pwd | cksum | cut -d ' ' -f 1)
 RUNS := runs
+TESTS := tests
+# The oldest transformers that is supported, in a folder of its own that comes before the environment's packages.
+OLDEST := $(VENV)/transformers-5.17.0
 
-.PHONY: install test lint demo
+.PHONY: install test test-oldest lint demo
 
 install: $(STAMP)
 
 test: install
-	$(PYTHON) -m pytest -n auto --maxprocesses 8
+	$(PYTHON) -m pytest -n auto --maxprocesses 8 $(TESTS)
+
+test-oldest: install $(OLDEST)
+	PYTHONPATH=$(OLDEST) $(PYTHON) -m pytest -n auto --maxprocesses 8 $(TESTS)
+
+$(OLDEST): | $(PYTHON)
+	$(PYTHON) -m pip install --target $@ transformers==5.17.0
 
 lint: install
 	$(PYTHON) -m ruff check .
