@@ -1,7 +1,7 @@
 """Evaluation of models, and the comparison of a converted model with its original.
 
-recipe.py says which tasks; perplexity.py, likelihood.py, recall.py and efficiency.py are the kinds of task; models.py
-opens the models; statistics.py and report.py make numbers of what they did.
+recipe.py says which tasks; the modules of task.py's subclasses are the kinds of task, harness.py the one that runs
+lm-eval's; scoring.py reads texts for them; run.py runs them in units; statistics.py and report.py make numbers of it.
 """
 
 
@@ -13,40 +13,36 @@ def compare(
     device: str | None = None,
     dtype: str | None = None,
     data: str | None = None,
+    batch_size: int | str | None = None,
+    log_samples: bool = False,
+    allow_code: bool = False,
 ) -> dict:
     """Evaluate the models, the original first, on the same items; write a report and return what report.json holds.
 
     models: what `t2r convert` reads or wrote, as PATH or LABEL=PATH. recipe: a shipped name or a YAML file.
-    out: the folder to make, by default runs/compare-LABEL of the second model. limit: items of each task.
-    device: by default a GPU if there is one. dtype: by default the one that the converted model is stored in; the
-    original is cast to the same. data: the folder that `eval:` in the recipe means.
+    out: the folder to make, by default runs/compare-LABEL of the second model. An interrupted run keeps what it has
+    finished beside it and goes on when it is called again. limit: items of each task.
+    device: by default all GPUs, or the CPU; several, with commas, share the work. dtype: by default the one that the
+    converted model is stored in; the original is cast to the same. data: the folder that `eval:` in the recipe means.
+    batch_size: texts that are read at once, "auto": as many as fit, None: the recipe's. No score depends on it.
+    log_samples: write items.jsonl too. allow_code: run code that a model wrote, for tasks that do.
 
     Raises UserError, before any model is run, for whatever the user can mend; `out` then does not exist.
     """
-    from pathlib import Path
-
     from t2r.errors import UserError
-    from t2r.evaluate.models import common_tokenizer, open_models, pick_device, pick_dtype
-    from t2r.evaluate.plots import require_matplotlib
-    from t2r.evaluate.recipe import load_recipe
-    from t2r.evaluate.report import check_absent, named_fault, new_folder, summary, write
-    from t2r.evaluate.run import evaluate
-    from t2r.evaluate.task import check_data
+    from t2r.evaluate.measure import measure
+    from t2r.evaluate.run import Request
 
     if len(models) < 2:
         raise UserError("nothing to compare with: give the original and a converted model", next="t2r compare --help")
-    if limit is not None and limit < 1:
-        raise UserError(f"{limit} items are nothing to compare", where="--limit", nearest=1)
-    require_matplotlib()
-    chosen, on = load_recipe(recipe, limit), pick_device(device)
-    entries = open_models(models)
-    folder = Path(out if out is not None else f"runs/compare-{entries[1].label}").expanduser()
-    check_absent(folder)
-    items = chosen.prepare(common_tokenizer(entries), on, check_data(data))
-    with new_folder(folder) as aside:
-        results = evaluate(entries, chosen, items, on, *pick_dtype(entries, dtype))
-        with named_fault(folder):
-            write(results, aside)
-    print(summary(results))
-    print(f"\nwrote {folder / 'report.md'}")
-    return results.to_dict()
+    request = Request(tuple(models), recipe, out, limit, dtype, data, batch_size, allow_code)
+    return measure(request, device, log_samples)
+
+
+def evaluate(model: str, **options) -> dict:
+    """Evaluate one model: `compare` without an original. Tasks that compare with one are left out."""
+    from t2r.evaluate.measure import measure
+    from t2r.evaluate.run import Request
+
+    device, log_samples = options.pop("device", None), options.pop("log_samples", False)
+    return measure(Request((model,), **options), device, log_samples)

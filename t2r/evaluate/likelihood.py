@@ -9,63 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
-import torch
-
 from t2r.errors import UserError, nearest
-from t2r.evaluate.perplexity import losses
+from t2r.evaluate.scoring import Passage, encode_pair, score
 from t2r.evaluate.statistics import perplexity, share
 from t2r.evaluate.task import Outcome, Place, Task, locate, rows, take
-
-
-class Passage(NamedTuple):
-    """Token ids; those from `start` on are the continuation to score. start >= 1."""
-
-    ids: list[int]
-    start: int
-
-
-class Score(NamedTuple):
-    """loss: -log p of the continuation, nats, summed. greedy: each of its tokens is the model's first choice."""
-
-    loss: float
-    greedy: bool
-
-
-def encode_pair(tokenizer, context: str, continuation: str) -> Passage:
-    """Both as one text, split where the context's own tokens end. Spaces between them belong to the continuation."""
-    stripped = context.rstrip()
-    whole = tokenizer.encode(context + continuation)
-    start = len(tokenizer.encode(stripped)) if stripped else 0
-    if start == 0:
-        first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        whole, start = ([first, *whole] if whole[0] != first else whole), 1
-    return Passage(whole, start)
-
-
-@torch.inference_mode()
-def score(model, passages: list[Passage], batch_size: int) -> list[Score]:
-    """Score each passage, in the order given.
-
-    Batches are padded on the right: no token of a causal model sees what follows it, so a score depends neither on the
-    padding nor on the batch. Passages of like length share a batch, the longest first.
-    """
-    order = sorted(range(len(passages)), key=lambda i: -len(passages[i].ids))
-    scores: dict[int, Score] = {}
-    for begin in range(0, len(order), batch_size):
-        batch = order[begin : begin + batch_size]
-        width = len(passages[batch[0]].ids) - 1
-        first = min(passages[i].start for i in batch) - 1  # logits before it predict no continuation
-        ids = torch.zeros(len(batch), width, dtype=torch.long)
-        for row, i in enumerate(batch):
-            ids[row, : len(passages[i].ids) - 1] = torch.tensor(passages[i].ids[:-1])
-        logits = model(ids.to(model.device), use_cache=False, logits_to_keep=width - first).logits
-        for row, i in enumerate(batch):
-            tokens, start = passages[i]
-            target = torch.tensor(tokens[start:], device=logits.device)
-            own = logits[row, start - 1 - first : len(tokens) - 1 - first]
-            greedy = bool((own.argmax(-1) == target).all())
-            scores[i] = Score(losses(own, target).sum().item(), greedy)
-    return [scores[i] for i in range(len(passages))]
 
 
 @dataclass

@@ -1,7 +1,9 @@
 """The models of a comparison: opened and checked together, loaded one at a time, all in one dtype."""
 
+import json
 from collections import Counter
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -9,6 +11,8 @@ import torch
 from t2r.convert.source import PACKAGE, Source, open_source
 from t2r.convert.verify import TEXT, load_source
 from t2r.errors import UserError
+from t2r.train.log import METRICS
+from t2r.train.log import read as read_metrics
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -23,6 +27,7 @@ class Entry:
     label: str
     spec: str
     source: Source
+    digest: str = ""
 
     @property
     def is_converted(self) -> bool:
@@ -34,6 +39,45 @@ class Entry:
         for name in self.source.names():
             sizes[self.source.dtype(name)] += self.source.nbytes(name)
         return sizes.most_common(1)[0][0]
+
+    def has_learned(self) -> bool:
+        """Whether `window_only` would change the model: whether a clocked GSA model's gates differ from the start's."""
+        gsa = getattr(self.source.config, "gsa", None)
+        if not gsa or not gsa.get("ring") or gsa.get("gate") not in CLOCK:
+            return False
+        write, keep = CLOCK[gsa["gate"]]
+        start = {"f_proj.weight": 0.0, "write": write, "keep": keep}
+        for name in self.source.names():
+            value = start.get(".".join(name.split(".self_attn.")[1:]))
+            if value is not None and bool((self.source.tensor(name) != value).any()):
+                return True
+        return False
+
+    def fingerprint(self) -> str:
+        """SHA-256, shortened, of the configuration and of both ends of each file of weights."""
+        if not self.digest:
+            found = sha256(json.dumps(self.source.config.to_dict(), sort_keys=True, default=str).encode())
+            for file in self.source.files:
+                size = file.stat().st_size
+                with open(file, "rb") as data:
+                    found.update(f"{file.name} {size} {file.stat().st_mtime_ns}".encode() + data.read(1 << 20))
+                    data.seek(max(0, size - (1 << 20)))
+                    found.update(data.read())
+            self.digest = found.hexdigest()[:16]
+        return self.digest
+
+    def trained_tokens(self) -> int | None:
+        """Tokens that the stages of a run have trained it on, 0 for a fresh conversion; None for an original."""
+        if not self.is_converted:
+            return None
+        checkpoint = Path(self.source.path).resolve()
+        total = 0
+        for stage in sorted(checkpoint.parents[1].glob("[0-9]*-*")) if checkpoint.name.startswith("step-") else []:
+            steps = [line.get("tokens", 0) for line in read_metrics(stage / METRICS)]
+            total += max(steps, default=0)
+            if stage == checkpoint.parent:
+                break
+        return total
 
 
 def open_models(words: list[str]) -> list[Entry]:
@@ -67,15 +111,18 @@ def common_tokenizer(entries: list[Entry]):
     return first
 
 
-def pick_device(device: str | None) -> torch.device:
-    """The named device, by default a GPU if there is one. Raises UserError for one that is not there."""
+def pick_devices(device: str | None) -> list[torch.device]:
+    """The named devices ("cpu", "cuda:0", "cuda:0,cuda:1"), by default all GPUs, or the CPU. Raises UserError for one
+    that is not there."""  # fmt: skip
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"no device {device!r}", where="--device", nearest="cpu", next="t2r env") from error
-    return torch.device(device)
+        count = torch.cuda.device_count()
+        return [torch.device("cuda", i) for i in range(count)] or [torch.device("cpu")]
+    for name in device.split(","):
+        try:
+            torch.zeros(1, device=name)
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"no device {name!r}", where="--device", nearest="cpu", next="t2r env") from error
+    return [torch.device(name) for name in device.split(",")]
 
 
 def pick_dtype(entries: list[Entry], dtype: str | None) -> tuple[torch.dtype, torch.dtype]:

@@ -22,7 +22,8 @@ def require_matplotlib() -> None:
 
 
 def plot(results, task: Task, folder: Path) -> str:
-    """Draw a task's metrics that have an x, one line per model, into `folder`; the file's name."""
+    """Draw a task's metrics that have an x, one line per model (NAME.png, NAME.svg in `folder`); the first's name."""
+    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, NullLocator, PercentFormatter
@@ -67,6 +68,9 @@ def plot(results, task: Task, folder: Path) -> str:
     figure.legend(loc="outside lower center", ncols=min(3, len(results.models)), frameon=False)
     name = f"{task.name}.png"
     figure.savefig(folder / name, dpi=150)
+    # letters stay letters, and the same numbers give the same file
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": task.name}):
+        figure.savefig(folder / f"{task.name}.svg", metadata={"Date": None})
     return name
 
 

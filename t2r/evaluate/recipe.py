@@ -8,15 +8,17 @@ from typing import Any
 from t2r import config
 from t2r.errors import UserError, nearest
 from t2r.evaluate.efficiency import Generation, Memory, Speed
+from t2r.evaluate.harness import Harness
 from t2r.evaluate.likelihood import LastWord, MultipleChoice
 from t2r.evaluate.perplexity import Perplexity
 from t2r.evaluate.recall import Recall
-from t2r.evaluate.task import Place, Task
+from t2r.evaluate.task import MissingData, Place, Task
 
 KINDS: dict[str, type[Task]] = {
     "perplexity": Perplexity,
     "last_word": LastWord,
     "multiple_choice": MultipleChoice,
+    "harness": Harness,
     "recall": Recall,
     "generation": Generation,
     "memory": Memory,
@@ -34,17 +36,29 @@ class RecipeFile:
 
 @dataclass
 class Recipe:
-    """name and folder of the file, and its tasks, each with a name of its own."""
+    """name and folder of the file, and its tasks, each with a name of its own. notes: for the report."""
 
     name: str
     folder: Path
     tasks: list[Task] = field(default_factory=list)
     ablation: bool = True
+    notes: list[str] = field(default_factory=list)
 
-    def prepare(self, tokenizer, device, data: Path | None = None) -> dict[str, list]:
-        """Each task's items, the same for every model. Raises UserError for missing or unfit data."""
-        place = Place(self.folder, data, device.type == "cpu")
-        return {task.name: task.prepare(tokenizer, place) for task in self.tasks}
+    def prepare(self, tokenizer, place: Place) -> dict[str, list]:
+        """Each task's items, the same for every model. A task that cannot be run here is dropped, with a note, if it is
+        optional. Raises UserError for missing or unfit data otherwise."""
+        items = {}
+        for task in list(self.tasks):
+            try:
+                items[task.name] = task.prepare(tokenizer, place)
+            except MissingData as error:
+                if not task.optional:
+                    raise
+                self.tasks.remove(task)
+                self.notes.append(f"Left out: {task.name}, {error}.")
+        if not items:
+            raise UserError("no task of this recipe can be run here", where=self.name, nearest=self.notes[0])
+        return items
 
     def to_dict(self) -> dict:
         """Every option spelled out."""
@@ -53,8 +67,9 @@ class Recipe:
         return {"name": self.name, "ablation": self.ablation, "tasks": tasks}
 
 
-def load_recipe(name_or_path: str | Path, limit: int | None = None) -> Recipe:
-    """The recipe of a YAML file or a shipped name, each task with at most `limit` items. Raises UserError."""
+def load_recipe(name_or_path: str | Path, limit: int | None = None, batch_size: int | str | None = None) -> Recipe:
+    """The recipe of a YAML file or a shipped name, each task with at most `limit` items and, where it reads in batches,
+    `batch_size` texts at once: a number, "auto", None for the recipe's own. Raises UserError."""
     path = config.find(name_or_path)
     raw = config.load(name_or_path, RecipeFile)
     recipe = Recipe(path.stem, path.parent, ablation=raw.ablation)
@@ -77,5 +92,7 @@ def load_recipe(name_or_path: str | Path, limit: int | None = None) -> Recipe:
             raise UserError(f"tasks.{i}.items is {task.items}, it must be positive", where=path, nearest=1)
         if limit is not None:
             task.items = min(limit, task.items or limit)
+        if batch_size is not None and hasattr(task, "batch_size"):
+            task.batch_size = None if batch_size == "auto" else batch_size
         recipe.tasks.append(task)
     return recipe

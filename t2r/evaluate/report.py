@@ -1,183 +1,106 @@
-"""A comparison as a folder: report.md, report.json, items.jsonl and plots; and as a table for the terminal."""
+"""A report as text: report.md, and the table for the terminal."""
 
 import json
-import math
-import os
-import platform
-import secrets
-import shlex
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from t2r.errors import UserError
-from t2r.evaluate.statistics import Metric, paired
-from t2r.evaluate.task import Outcome, Task
-
-SCHEMA_VERSION = 1
+from t2r.evaluate.results import Results
+from t2r.evaluate.statistics import Metric
+from t2r.evaluate.task import Task
 
 
-class Results:
-    """All that was measured: facts about the run, and an outcome for each task and model.
-
-    models: label -> facts about the model, in the order of the columns; the first is the original.
-    """
-
-    def __init__(self, facts: dict, tasks: list[Task]) -> None:
-        self.facts = facts
-        self.tasks = tasks
-        self.models: dict[str, dict] = {}
-        self.outcomes: dict[str, dict[str, Outcome]] = {task.name: {} for task in tasks}
-
-    def metrics(self, task: Task) -> Iterator[tuple[str, dict[str, Metric]]]:
-        """(name, metric by label) of each number of a task."""
-        by_label = {label: {m.name: m for m in o.metrics} for label, o in self.outcomes[task.name].items()}
-        for name in next(iter(by_label.values())):
-            yield name, {label: found[name] for label, found in by_label.items()}
-
-    def has_curve(self, task: Task) -> bool:
-        """Whether there is something to plot."""
-        return task.plot is not None and any(m.x is not None for _, row in self.metrics(task) for m in row.values())
-
-    def changes(self, task: Task) -> Iterator[tuple[str, str, dict]]:
-        """(metric, label, change against the original) of what was measured on the same items."""
-        original = next(iter(self.models))
-        for name, row in self.metrics(task):
-            for label, metric in row.items():
-                if label != original and (change := paired(row[original], metric)):
-                    yield name, label, change
-
-    def to_dict(self) -> dict:
-        """What report.json holds."""
-        results: dict[str, dict] = {}
-        for task in self.tasks:
-            results[task.name] = {
-                "metrics": {
-                    name: {label: metric.to_dict() for label, metric in row.items()} for name, row in self.metrics(task)
-                },
-                "changes": {},
-                "text": {label: o.text for label, o in self.outcomes[task.name].items() if o.text},
-            }
-            for name, label, change in self.changes(task):
-                results[task.name]["changes"].setdefault(name, {})[label] = change
-        return {"schema_version": SCHEMA_VERSION, **self.facts, "models": self.models, "results": results}
-
-
-def environment(device) -> dict:
-    """Versions, and one line about the hardware."""
-    import torch
-    import transformers
-
-    from t2r import __version__
-
-    hardware = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    if device.type == "cuda":
-        hardware = torch.cuda.get_device_name(device)
-    versions = {"t2r": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    return {"versions": {**versions, "python": platform.python_version()}, "hardware": hardware}
-
-
-def check_absent(out: Path) -> None:
-    """Raise UserError where something lies at `out`."""
-    if not os.path.lexists(out):
-        return
-    number = 2
-    while os.path.lexists(free := out.with_name(f"{out.name}-{number}")):
-        number += 1
-    raise UserError(f"{out} already exists", where="--out", next=f"t2r compare ... --out {shlex.quote(str(free))}")
-
-
-@contextmanager
-def named_fault(out: Path) -> Iterator[None]:
-    """A full disk or a missing permission as a UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write there: {error.strerror}", where=out) from error
-
-
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill, which is renamed to `out` at the end, or removed when anything goes wrong."""
-    aside = out.with_name(f".{out.name}.partial-{secrets.token_hex(2)}")
-    made = [parent for parent in out.absolute().parents if not parent.exists()]
-    try:
-        with named_fault(out):
-            aside.mkdir(parents=True)
-        yield aside
-        check_absent(out)
-        with named_fault(out):
-            os.rename(aside, out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-        for parent in made:
-            if parent.exists() and not any(parent.iterdir()):
-                parent.rmdir()
-
-
-def write(results: Results, folder: Path) -> None:
-    """Fill `folder`."""
+def write(results: Results, folder: Path, log_samples: bool) -> None:
+    """Fill `folder` with every form of the report."""
+    from t2r.evaluate.html import html
     from t2r.evaluate.plots import plot
 
     images = {task.name: plot(results, task, folder) for task in results.tasks if results.has_curve(task)}
-    report = json.dumps(finite(results.to_dict()), indent=1, ensure_ascii=False) + "\n"
+    report = json.dumps(results.to_dict(), indent=1, ensure_ascii=False) + "\n"
     (folder / "report.json").write_text(report, encoding="utf-8")
     (folder / "report.md").write_text(markdown(results, images), encoding="utf-8")
-    with open(folder / "items.jsonl", "w", encoding="utf-8") as file:
-        for task, outcomes in results.outcomes.items():
-            for label, outcome in outcomes.items():
-                for item, record in enumerate(outcome.records):
-                    line = {"task": task, "model": label, "item": item, **record}
-                    file.write(json.dumps(finite(line), ensure_ascii=False) + "\n")
-
-
-def finite(value):
-    """JSON has no word for NaN and infinity: they become null."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    (folder / "report.html").write_text(html(results, folder, images), encoding="utf-8")
+    if log_samples:
+        with open(folder / "items.jsonl", "w", encoding="utf-8") as file:
+            file.writelines(results.items())
 
 
 def markdown(results: Results, images: dict[str, str]) -> str:
-    facts, labels = results.facts, list(results.models)
-    versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
-    recipe = facts["recipe"]["name"]
-    parts = [
-        f"# {labels[0]} against {', '.join(labels[1:])}",
-        f"Recipe `{recipe}` on {facts['hardware']}, {facts['dtype']} for all models. {versions}. {facts['date']}.",
-        table(
-            ["model", "what", "parameters", "tokens read", "seconds"],
-            [
-                [label, m["what"], f"{m['parameters']:,}", f"{m['tokens']:,}", f"{m['seconds']:.0f}"]
-                for label, m in results.models.items()
-            ],
-        ),
-    ]
-    parts += facts["notes"]
+    parts = [f"# {title(results)}", headline(results), table(*models_table(results))]
+    parts += [f"**{warning}**" for warning in results.warnings()] + results.facts["notes"]
+    if results.recoveries():
+        parts += ["## Recovery", RECOVERY, table(*recovery_table(results))]
     for task in results.tasks:
-        outcomes, coverage = results.outcomes[task.name], facts["coverage"][task.name]
-        coverage = f" Here: {coverage}." if coverage else ""
-        parts += [f"## {task.name}", task.about + coverage]
-        rows = [[name, *(cell(row.get(label)) for label in labels)] for name, row in results.metrics(task)]
-        if rows:
-            parts.append(table(["", *labels], rows))
+        parts += [f"## {task.name}", about(results, task)]
+        for head, rows in tables(results, task):
+            parts.append(table(head, rows))
         if task.name in images:
-            parts.append(f"![{task.plot.title}]({images[task.name]})")
-        changes = list(results.changes(task))
-        if changes:
-            parts.append(f"Change against {labels[0]} on the same items, with its standard error:")
-            others = [label for label in labels[1:] if label in outcomes]
-            found = {(name, label): change_cell(change) for name, label, change in changes}
-            names = dict.fromkeys(name for name, _, _ in changes)
-            parts.append(table(["", *others], [[n, *(found[n, label] for label in others)] for n in names]))
-        for label, outcome in outcomes.items():
-            if outcome.text:
-                quoted = "\n".join(f"> {line}".rstrip() for line in outcome.text.splitlines())
-                parts.append(f"{label}:\n\n{quoted}")
+            parts.insert(-1, f"![{task.plot.title}]({images[task.name]})")
+        for label, text in texts(results, task):
+            parts.append(f"{label}:\n\n" + "\n".join(f"> {line}".rstrip() for line in text.splitlines()))
     return "\n\n".join(parts) + "\n"
+
+
+RECOVERY = (
+    "Share of what the original scores above chance, on the first number of each task, with the 95 % interval of a "
+    "bootstrap over the items. Tasks on which the original itself is not above chance by two standard errors are left "
+    "out."
+)
+
+
+def title(results: Results) -> str:
+    first, *others = results.models
+    return f"{first} against {', '.join(others)}" if others else first
+
+
+def headline(results: Results) -> str:
+    facts = results.facts
+    versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
+    where = f"Recipe `{facts['recipe']['name']}` on {facts['hardware']}, {facts['dtype']} for all models."
+    return f"{where} {versions}. {facts['date']}."
+
+
+def about(results: Results, task: Task) -> str:
+    coverage = results.facts["coverage"][task.name]
+    return task.about + (f" Here: {coverage}." if coverage else "")
+
+
+def models_table(results: Results) -> tuple[list[str], list[list[str]]]:
+    head = ["model", "what", "parameters", "trained on", "tokens read", "seconds"]
+    rows = []
+    for label, m in results.models.items():
+        trained = "" if m["trained_tokens"] is None else f"{m['trained_tokens']:,}"
+        rows.append([label, m["what"], f"{m['parameters']:,}", trained, f"{m['tokens']:,}", f"{m['seconds']:.0f}"])
+    return head, rows
+
+
+def recovery_table(results: Results) -> tuple[list[str], list[list[str]]]:
+    found = results.recoveries()
+    labels = [label for label in results.models if any(label in row for row in found.values())]
+    rows = [
+        [" ".join(filter(None, (name, row["metric"]))), *(recovery_cell(row.get(label)) for label in labels)]
+        for name, row in found.items()
+    ]
+    return ["", *labels], rows
+
+
+def tables(results: Results, task: Task) -> Iterator[tuple[list[str], list[list[str]]]]:
+    """(head, rows) of the numbers of a task, and of their changes against the original."""
+    outcomes = results.outcomes[task.name]
+    labels = [label for label in results.models if label in outcomes]
+    rows = [[name, *(cell(row.get(label)) for label in labels)] for name, row in results.metrics(task)]
+    if rows:
+        yield ["", *labels], rows
+    found = {(name, label): change_cell(change) for name, label, change in results.changes(task)}
+    names, others = dict.fromkeys(name for name, _ in found), dict.fromkeys(label for _, label in found)
+    if found:
+        head = [f"change against {next(iter(results.models))}, same items", *others]
+        yield head, [[name, *(found.get((name, label), "") for label in others)] for name in names]
+
+
+def texts(results: Results, task: Task) -> Iterator[tuple[str, str]]:
+    for label, outcome in results.outcomes[task.name].items():
+        if outcome.text:
+            yield label, outcome.text
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -186,7 +109,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def cell(metric: Metric | None) -> str:
-    """A number with its error: perplexities with the standard error, shares with the 95 % interval."""
+    """A number with its error: perplexities and scores with the standard error, shares with the 95 % interval."""
     if metric is None:
         return ""
     if metric.unit == "bytes":
@@ -196,13 +119,25 @@ def cell(metric: Metric | None) -> str:
     if metric.unit == "ppl":
         value = number(metric.value)
         return value if metric.stderr is None else f"{value} +- {number(metric.stderr)}"
+    if metric.unit == "score":
+        value = number(metric.value)
+        return value if metric.stderr is None else f"{value} +- {number(metric.stderr)}"
     return f"{number(metric.value)} {metric.unit}"
+
+
+def recovery_cell(found: dict | None) -> str:
+    if found is None:
+        return ""
+    bounds = f" [{100 * found['low']:.0f}, {100 * found['high']:.0f}]" if "low" in found else ""
+    return f"{100 * found['recovery']:.1f} %{bounds}"
 
 
 def change_cell(change: dict) -> str:
     error = change["stderr"]
     if "ratio" in change:
         return f"x {change['ratio']:.3f}" + ("" if error is None else f" +- {error:.3f}")
+    if "p" not in change:
+        return f"{change['difference']:+.3g}" + ("" if error is None else f" +- {error:.2g}")
     text = f"{100 * change['difference']:+.1f}" + ("" if error is None else f" +- {100 * error:.1f}")
     return f"{text} points (McNemar p = {change['p']:.2g})"
 
@@ -221,15 +156,22 @@ def human_bytes(value: float) -> str:
 
 
 def summary(results: Results) -> str:
-    """The table for the terminal: every number of every model."""
+    """The table for the terminal: every number of every model, recovery, warnings."""
     labels = list(results.models)
     rows = [["", *labels]]
     for task in results.tasks:
         rows += [
             [f"{task.name} {name}", *(cell(row.get(label)) for label in labels)] for name, row in results.metrics(task)
         ]
+    if results.recoveries():
+        head, kept = recovery_table(results)
+        rows += [
+            [f"recovery {row[0]}", *(dict(zip(head[1:], row[1:], strict=True)).get(label, "") for label in labels)]
+            for row in kept
+        ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for name, *cells in rows:
         lines.append(name.ljust(widths[0]) + "".join("  " + c.rjust(w) for c, w in zip(cells, widths[1:], strict=True)))
+    lines += [f"\n{warning}" for warning in results.warnings()]
     return "\n".join(line.rstrip() for line in lines)

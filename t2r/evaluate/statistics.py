@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy
+
 Z95 = 1.959964
 
 
@@ -11,10 +13,11 @@ Z95 = 1.959964
 class Metric:
     """One number of a report.
 
-    unit: "ppl" (exp of a mean loss), "share" (of items that are right, 0 to 1), or a plain quantity: "bytes",
-        "tokens/s".
+    unit: "ppl" (exp of a mean loss), "share" (of items that are right, 0 to 1), "score" (mean of one number an item),
+        or a plain quantity: "bytes", "tokens/s".
     low, high: 95 % interval. stderr: standard error of value. n: independent samples. None: not a statistic.
     x: where the number stands on its task's horizontal axis, in tokens.
+    chance: of a share, what guessing gives.
     samples: one per item, in the order of the items, the same for every model: losses in nats or 0/1.
     """
 
@@ -26,6 +29,7 @@ class Metric:
     stderr: float | None = None
     n: int | None = None
     x: float | None = None
+    chance: float | None = None
     samples: Sequence[float] = field(default=(), repr=False)
 
     def to_dict(self) -> dict:
@@ -40,14 +44,21 @@ def perplexity(name: str, losses: Sequence[float], x: float | None = None) -> Me
     if error is None:
         return Metric(name, "ppl", value, n=1, x=x, samples=losses)
     low, high = exp(average - Z95 * error), exp(average + Z95 * error)
-    return Metric(name, "ppl", value, low, high, value * error, len(losses), x, losses)
+    return Metric(name, "ppl", value, low, high, value * error, len(losses), x, samples=losses)
 
 
-def share(name: str, hits: Sequence[bool], x: float | None = None) -> Metric:
+def share(name: str, hits: Sequence[bool], x: float | None = None, chance: float | None = None) -> Metric:
     """Share of hits with Wilson's interval."""
     n, value = len(hits), mean(hits)
     error, samples = math.sqrt(value * (1 - value) / n), [float(hit) for hit in hits]
-    return Metric(name, "share", value, *wilson(sum(hits), n), error, n, x, samples)
+    return Metric(name, "share", value, *wilson(sum(hits), n), error, n, x, chance, samples)
+
+
+def score(name: str, values: Sequence[float], x: float | None = None) -> Metric:
+    """Mean of one number an item, with a normal interval."""
+    value, error = mean(values), mean_error(values)
+    low, high = (None, None) if error is None else (value - Z95 * error, value + Z95 * error)
+    return Metric(name, "score", value, low, high, error, len(values), x, samples=values)
 
 
 def mean(samples: Sequence[float]) -> float:
@@ -85,13 +96,53 @@ def mcnemar(first: Sequence[float], second: Sequence[float]) -> float:
 def paired(original: Metric, other: Metric) -> dict | None:
     """What changed on the same items, or None where a metric has no samples.
 
-    ppl: {"ratio", "stderr"}, the ratio of the perplexities. share: {"difference", "stderr", "p"}, p from `mcnemar`.
+    ppl: {"ratio", "stderr", "low", "high"}, the ratio of the perplexities. share, score: {"difference", "stderr",
+    "low", "high"}; of a share also "p", from `mcnemar`. low, high: 95 % interval by bootstrap over the items.
     """
-    if not original.samples:
+    if not original.samples or len(original.samples) != len(other.samples):
         return None
     differences = [b - a for a, b in zip(original.samples, other.samples, strict=True)]
     change, error = mean(differences), mean_error(differences)
-    if original.unit == "share":
-        return {"difference": change, "stderr": error, "p": mcnemar(original.samples, other.samples)}
-    ratio = exp(change)
-    return {"ratio": ratio, "stderr": None if error is None else ratio * error}
+    low, high = interval(resampled(differences)[:, 0]) if error is not None else (None, None)
+    if original.unit == "ppl":
+        ratio = exp(change)
+        bounds = {"low": None, "high": None} if low is None else {"low": exp(low), "high": exp(high)}
+        return {"ratio": ratio, "stderr": None if error is None else ratio * error, **bounds}
+    found = {"difference": change, "stderr": error, "low": low, "high": high}
+    return found | {"p": mcnemar(original.samples, other.samples)} if original.unit == "share" else found
+
+
+def recovery(original: Metric, other: Metric) -> dict | None:
+    """How much of what the original has above chance the other one has: {"recovery", "low", "high"}, 1 is all of it.
+
+    The interval is by bootstrap over the items. None where the original is not above chance by two standard errors:
+    there is nothing to recover then.
+    """
+    if original.unit not in ("share", "score") or not original.samples or len(original.samples) != len(other.samples):
+        return None
+    base = original.chance or 0.0
+    if not original.value - base > 2 * (original.stderr or math.inf):
+        return None
+    means = resampled(original.samples, other.samples)
+    # a resample whose original is at chance says nothing; it is as rare as the two standard errors make it
+    sound = means[means[:, 0] > base]
+    low, high = interval((sound[:, 1] - base) / (sound[:, 0] - base))
+    return {"recovery": (other.value - base) / (original.value - base), "low": low, "high": high}
+
+
+def resampled(*columns: Sequence[float], times: int = 2000) -> numpy.ndarray:
+    """[times, len(columns)] means of bootstrap resamples of the items, the same items for all columns; always the same.
+
+    Counts how often each distinct item is drawn, so that 0/1 samples cost nothing.
+    """
+    distinct, counts = numpy.unique(numpy.array(columns, dtype=float).T, axis=0, return_counts=True)
+    n = counts.sum()
+    generator = numpy.random.default_rng(0)
+    parts = [generator.multinomial(n, counts / n, size=size) @ distinct / n for size in [100] * (times // 100)]
+    return numpy.concatenate(parts)
+
+
+def interval(samples: numpy.ndarray) -> tuple[float, float]:
+    """The middle 95 %."""
+    low, high = numpy.quantile(samples, [0.025, 0.975])
+    return float(low), float(high)

@@ -4,6 +4,7 @@ import gzip
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from hashlib import sha256
 from itertools import accumulate
 from pathlib import Path
 from typing import ClassVar
@@ -14,6 +15,10 @@ from t2r.evaluate.statistics import Metric
 SHIPPED = "shipped:"
 EVAL = "eval:"
 OWN_DATA = Path(__file__).parents[1] / "recipes" / "data"
+
+
+class MissingData(UserError):
+    """Data, or leave to use it, that is not there: an optional task is then left out."""
 
 
 @dataclass(frozen=True)
@@ -27,20 +32,25 @@ class Plot:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a recipe runs. folder: the recipe's. data: what `--data` names. on_cpu: whether cpu_tokens bind."""
+    """Where a recipe runs. folder: the recipe's. data: what `--data` names. on_cpu: whether cpu_tokens bind.
+    allow_code: whether code that a model wrote may be run.
+    """
 
     folder: Path = Path(".")
     data: Path | None = None
     on_cpu: bool = True
+    allow_code: bool = False
 
 
 @dataclass
 class Outcome:
-    """What one model did. records: one JSON object per item; text: for tasks whose result is to be read."""
+    """What one model did. records: one JSON object per item; text: for tasks whose result is to be read; warnings: what
+    a reader must not miss."""  # fmt: skip
 
     metrics: list[Metric] = field(default_factory=list)
     records: list[dict] = field(default_factory=list)
     text: str = ""
+    warnings: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -48,16 +58,19 @@ class Task:
     """A kind of task; its fields are its options in a recipe.
 
     name: in the report. items: at most so many of them. cpu_tokens: on a CPU only as many items as these tokens hold.
+    optional: where its data is not there the task is left out, with a note.
     """
 
     name: str = ""
     items: int | None = None
     cpu_tokens: int | None = None
+    optional: bool = False
 
     about: ClassVar[str] = ""  # what the numbers mean, for the reader of a report
     plot: ClassVar[Plot | None] = None
     noun: ClassVar[str] = "items"
     quality: ClassVar[bool] = True  # whether the weights' values matter, so that the window ablation has its own result
+    against_original: ClassVar[bool] = False  # whether `run` takes the original model as a third argument
 
     def __post_init__(self) -> None:
         self.coverage = ""  # how much of the data the items are, once they are prepared
@@ -68,6 +81,10 @@ class Task:
 
     def run(self, model, items: list) -> Outcome:
         raise NotImplementedError
+
+    def digest(self, items: list) -> str:
+        """A hash of the items."""
+        return sha256(repr(items).encode()).hexdigest()[:16]
 
     def within_budget(self, items: list, tokens: Callable[[object], int], place: Place) -> list:
         """The first items that `items` and `cpu_tokens` allow, at least one. tokens: what an item costs."""
@@ -97,7 +114,7 @@ def locate(data: str, place: Place) -> Path:
         choices = [file.name.removesuffix(".jsonl.gz") for file in OWN_DATA.glob("*.jsonl.gz")]
     elif data.startswith(EVAL):
         if place.data is None:
-            raise UserError(f"{data} needs the folder of the data", where="--data", next="t2r compare ... --data DIR")
+            raise MissingData(f"{data} needs the folder of the data", where="--data", next="t2r compare ... --data DIR")
         path = place.data / data.removeprefix(EVAL)
         choices = [str(file.relative_to(place.data)) for file in place.data.glob("*/*")]
         name = data.removeprefix(EVAL)
@@ -108,7 +125,7 @@ def locate(data: str, place: Place) -> Path:
     if not path.is_file():
         close = nearest(name, choices) or (", ".join(sorted(choices)) if data.startswith(SHIPPED) else None)
         within = place.data if data.startswith(EVAL) else path.parent
-        raise UserError(f"no data file {data}", where=within, nearest=close)
+        raise MissingData(f"no data file {data}", where=within, nearest=close)
     return path
 
 

@@ -1,0 +1,90 @@
+"""report.html: one file that needs nothing else, for a screen, a phone and paper."""
+
+from html import escape
+from pathlib import Path
+
+from t2r.evaluate.report import (
+    RECOVERY,
+    about,
+    headline,
+    models_table,
+    recovery_table,
+    tables,
+    texts,
+    title,
+)
+from t2r.evaluate.results import Results
+
+STYLE = """
+:root { color-scheme: light; }
+* { box-sizing: border-box; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 62rem; margin: 0 auto;
+  padding: 1rem; }
+h1 { font-size: 1.5rem; line-height: 1.25; overflow-wrap: anywhere; }
+h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid #ccc; }
+nav a { margin-right: .8rem; display: inline-block; }
+.wide { overflow-x: auto; margin: .8rem 0; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
+th, td { padding: .2rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #e4e4e4; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
+thead th { border-bottom: 2px solid #888; vertical-align: bottom; }
+.warning { border-left: .3rem solid #d55e00; padding: .4rem .8rem; background: #fdf1e7; }
+figure { margin: 1rem 0; }
+figure svg { width: 100%; height: auto; max-width: 44rem; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f5f5f5; padding: .6rem; font-size: .85rem; }
+small { color: #555; }
+@media print {
+  body { max-width: none; padding: 0; font-size: 10pt; }
+  nav { display: none; }
+  .wide { overflow: visible; }
+  table { font-size: 7.5pt; }
+  th, td { white-space: normal; padding: .1rem .3rem; }
+  th:first-child, td:first-child { position: static; }
+  h2 { break-after: avoid; }
+  figure, tr { break-inside: avoid; }
+}
+"""
+
+
+def html(results: Results, folder: Path, images: dict[str, str]) -> str:
+    """The page. images: task -> file of its plot in `folder`, whose .svg is put into the page."""
+    parts = [f"<h1>{escape(title(results))}</h1>", f"<p>{escape(headline(results)).replace('`', '')}</p>"]
+    parts += [f'<p class="warning">{escape(warning)}</p>' for warning in results.warnings()]
+    parts += [f"<p>{escape(note)}</p>" for note in results.facts["notes"]]
+    names = ["Recovery"] if results.recoveries() else []
+    names += [task.name for task in results.tasks]
+    parts.append("<nav>" + "".join(f'<a href="#{escape(name)}">{escape(name)}</a>' for name in names) + "</nav>")
+    parts.append(table(*models_table(results)))
+    if results.recoveries():
+        parts += [heading("Recovery"), f"<p>{escape(RECOVERY)}</p>", table(*recovery_table(results))]
+    for task in results.tasks:
+        parts += [heading(task.name), f"<p>{escape(about(results, task))}</p>"]
+        if task.name in images:
+            parts.append(f"<figure>{inline((folder / images[task.name]).with_suffix('.svg'), task.name)}</figure>")
+        parts += [table(head, rows) for head, rows in tables(results, task)]
+        parts += [f"<p>{escape(label)}</p><pre>{escape(text)}</pre>" for label, text in texts(results, task)]
+    fingerprints = ", ".join(f"{label} {m['fingerprint']}" for label, m in results.models.items())
+    parts.append(f"<p><small>Models: {escape(fingerprints)}. The numbers are in report.json.</small></p>")
+    head = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title(results))}</title><style>{STYLE}</style></head><body>"
+    )
+    return head + "\n".join(parts) + "</body></html>\n"
+
+
+def heading(name: str) -> str:
+    return f'<h2 id="{escape(name)}">{escape(name)}</h2>'
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    top = "".join(f"<th>{escape(text)}</th>" for text in head)
+    body = "".join("<tr>" + "".join(f"<td>{escape(text)}</td>" for text in row) + "</tr>" for row in rows)
+    return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def inline(file: Path, name: str) -> str:
+    """The drawing without its XML head, its identifiers made this plot's own: a page holds several."""
+    text = file.read_text(encoding="utf-8")
+    text = text[text.index("<svg") :]
+    return text.replace('id="', f'id="{name}-').replace('"#', f'"#{name}-').replace("url(#", f"url(#{name}-")

@@ -1,0 +1,144 @@
+"""The one place where texts are scored and continued for a task: right-padded batches, logits only where needed."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+
+from t2r.errors import UserError
+from t2r.evaluate.perplexity import losses
+
+AUTO = {"cuda": 128, "cpu": 8}  # where a batch size of `auto` begins
+
+
+class Passage(NamedTuple):
+    """Token ids; those from `start` on are the continuation to score. start >= 1."""
+
+    ids: list[int]
+    start: int
+
+
+class Score(NamedTuple):
+    """loss: -log p of the continuation, nats, summed. greedy: each of its tokens is the model's first choice."""
+
+    loss: float
+    greedy: bool
+
+
+def encode(tokenizer, text: str) -> list[int]:
+    """The tokens of a text as a model reads it from its start: with BOS where the tokenizer adds it, but not twice."""
+    bos = tokenizer.bos_token
+    return tokenizer.encode(text, add_special_tokens=not (bos and text.startswith(bos)))
+
+
+def encode_pair(tokenizer, context: str, continuation: str) -> Passage:
+    """Both as one text, split where the context's own tokens end. Spaces between them belong to the continuation."""
+    stripped = context.rstrip()
+    whole = encode(tokenizer, context + continuation)
+    start = len(encode(tokenizer, stripped)) if stripped else 0
+    if start == 0:
+        first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        whole, start = ([first, *whole] if whole[0] != first else whole), 1
+    return Passage(whole, start)
+
+
+def batches(items: Sequence, size: int | None, device: torch.device, work: Callable[[Sequence], None]) -> None:
+    """work(batch) for consecutive batches of `size` items, None: as many as the device's memory holds, found by
+    halving where it ends. work must leave nothing behind when it fails. Raises UserError where not even one item fits.
+    """
+    room = size or AUTO.get(device.type, 8)
+    at = 0
+    while at < len(items):
+        try:
+            work(items[at : at + room])
+        except torch.OutOfMemoryError as error:
+            if size is not None or room == 1:
+                fit = "not even one item" if room == 1 else f"not a batch of {room}"
+                raise UserError(
+                    f"out of memory on {device}: {fit} fits", where="--batch-size", nearest="auto" if room > 1 else None
+                ) from error
+        else:
+            at += room
+            continue
+        torch.cuda.empty_cache()  # here, where the failed attempt's tensors are gone
+        room //= 2
+
+
+def longest_first(lengths: Sequence[int]) -> list[int]:
+    """The order of work: texts of like length share a batch, and memory that does not suffice shows at once."""
+    return sorted(range(len(lengths)), key=lambda i: -lengths[i])
+
+
+@torch.inference_mode()
+def score(model, passages: list[Passage], batch_size: int | None) -> list[Score]:
+    """Score each passage, in the order given.
+
+    Batches are padded on the right: no token of a causal model sees what follows it, so a score depends neither on the
+    padding nor on the batch.
+    """
+    order = longest_first([len(passage.ids) for passage in passages])
+    scores: dict[int, Score] = {}
+    batches(order, batch_size, model.device, lambda batch: scores.update(score_batch(model, passages, batch)))
+    return [scores[i] for i in range(len(passages))]
+
+
+def score_batch(model, passages: list[Passage], batch: Sequence[int]) -> Iterator[tuple[int, Score]]:
+    """(i, score) of passages[i] for each i of the batch, the longest first."""
+    width = len(passages[batch[0]].ids) - 1
+    first = min(passages[i].start for i in batch) - 1  # logits before it predict no continuation
+    ids = torch.zeros(len(batch), width, dtype=torch.long)
+    for row, i in enumerate(batch):
+        ids[row, : len(passages[i].ids) - 1] = torch.tensor(passages[i].ids[:-1])
+    logits = model(ids.to(model.device), use_cache=False, logits_to_keep=width - first).logits
+    for row, i in enumerate(batch):
+        tokens, start = passages[i]
+        target = torch.tensor(tokens[start:], device=logits.device)
+        own = logits[row, start - 1 - first : len(tokens) - 1 - first]
+        greedy = bool((own.argmax(-1) == target).all())
+        yield i, Score(losses(own, target).sum().item(), greedy)
+
+
+@torch.inference_mode()
+def continue_texts(
+    model, tokenizer, prompts: list[list[int]], new: int, stops: Sequence[str], batch_size: int | None, **sampling
+) -> list[str]:
+    """The continuation of each prompt (token ids), up to `new` tokens, the end-of-text token or the first of `stops`.
+
+    Greedy without `sampling`, which are options of transformers' generate. Prompts are padded on the left and masked.
+    """
+    from transformers import StoppingCriteria, StoppingCriteriaList
+
+    longest = max((len(tokenizer.encode(stop, add_special_tokens=False)) for stop in stops), default=0) + 2
+
+    class Stopped(StoppingCriteria):
+        def __init__(self, prompt: int) -> None:
+            self.prompt = prompt
+
+        def __call__(self, ids, scores, **kwargs):
+            tails = tokenizer.batch_decode(ids[:, max(self.prompt, ids.shape[1] - longest) :])
+            return torch.tensor([any(stop in tail for stop in stops) for tail in tails], device=ids.device)
+
+    order = longest_first([len(prompt) for prompt in prompts])
+    texts: dict[int, str] = {}
+
+    def work(batch: Sequence[int]) -> None:
+        width = len(prompts[batch[0]])
+        ids, mask = torch.zeros(len(batch), width, dtype=torch.long), torch.zeros(len(batch), width, dtype=torch.long)
+        for row, i in enumerate(batch):
+            ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
+            mask[row, width - len(prompts[i]) :] = 1
+        end = tokenizer.eos_token_id
+        written = model.generate(
+            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=new, eos_token_id=end,
+            pad_token_id=end, stopping_criteria=StoppingCriteriaList([Stopped(width)] if stops else []),
+            **{"do_sample": False, "temperature": None, "top_p": None, "top_k": None, **sampling},
+        )[:, width:]  # fmt: skip
+        for i, row in zip(batch, written.tolist(), strict=True):
+            row = row[: row.index(end)] if end in row else row
+            text = tokenizer.decode(row, skip_special_tokens=True)
+            for stop in filter(None, stops):
+                text = text.partition(stop)[0]
+            texts[i] = text
+
+    batches(order, batch_size, model.device, work)
+    return [texts[i] for i in range(len(prompts))]
