@@ -78,6 +78,13 @@ def _generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="for example cpu or cuda:0 (default: a GPU if there is one)")
 
 
+def _push(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="FOLDER", help="folder that `t2r convert` wrote")
+    parser.add_argument("repo", metavar="NAME/MODEL", help="repository on the hub, made if it is not there")
+    parser.add_argument("--private", action="store_true", help="make the repository private")
+    parser.add_argument("--dry-run", action="store_true", help="list what would be uploaded, upload nothing")
+
+
 def _compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "models", nargs="+", metavar="MODEL", help="the original, then converted ones: folder, GGUF file, LABEL=PATH"
@@ -158,6 +165,14 @@ VERBS = {
         't2r generate smollm2-gsa "Why is the sky blue?" --max-new-tokens 64',
         _generate,
         "t2r.generate:generate",
+    ),
+    "push": Verb(
+        "upload a converted model to the Hugging Face hub",
+        "Uploads weights, configuration, tokenizer, model card and the code that loads the model without t2r, in one "
+        "commit. Log in first: `hf auth login`.",
+        "t2r push smollm2-gsa my-name/smollm2-gsa --dry-run",
+        _push,
+        "t2r.publish:push",
     ),
     "compare": Verb(
         "measure what a conversion changed",

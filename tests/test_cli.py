@@ -72,6 +72,7 @@ def test_the_arguments_of_a_verb_fit_its_target(name):
         "convert": ["src", "out"],
         "verify": ["out", "--source", "src"],
         "generate": ["model", "prompt"],
+        "push": ["folder", "me/model"],
         "compare": ["original", "converted"],
         "finetune": ["--config", "x", "a=1", "--out", "out"],
         "run": ["x", "a=1"],
@@ -111,6 +112,9 @@ def test_options_reach_the_target_by_keyword():
         "verify": False,
         "hash": False,
         "shard_size": 1_500_000_000,
+        "long_slots": 0,
+        "layer_slots": "",
+        "keep_softmax": "",
     }
 
 

@@ -1,16 +1,21 @@
 """What a converted folder is to others: a model that loads without t2r, a card, a repository on the hub."""
 
+import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoModel, AutoModelForCausalLM
 
+from t2r.cli import main
 from t2r.convert import convert
 from t2r.convert.standalone import bundle, claim
-from t2r.families import FAMILIES
 
 # Runs where there is only torch and transformers: logits, tokens, and the same again from a copy that
 # transformers has saved.
@@ -69,22 +74,19 @@ def test_where_t2r_is_installed_its_own_classes_run(tiny_llama, tmp_path):
     code = (
         "import sys; from transformers import AutoModelForCausalLM as A; "
         f"model = A.from_pretrained({str(tmp_path / 'model')!r}, trust_remote_code=True); "
-        "print([cls.__module__ for cls in type(model).__mro__][1], any('t2r_standalone' in name for name in sys.modules))"
+        "print(type(model).__mro__[1].__module__, any('t2r_standalone' in name for name in sys.modules))"
     )
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert run.stdout.split() == ["t2r.modeling.models", "False"], run.stderr
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_makes_one_file(family):
-    """No name of t2r's modules has two meanings, nothing of t2r or Triton is imported, and the table is one family."""
-    text = bundle(family)
+def test_the_one_file_holds_one_family():
+    """Nothing of t2r or Triton is imported, no name of t2r's modules has two meanings, the table has one entry."""
+    text = bundle("llama")
     compile(text, "t2r_standalone.py", "exec")
-    assert (
-        "import t2r" not in text and "from t2r" not in text and "import triton" not in text and "\nfrom ." not in text
-    )
-    assert f'FAMILIES = {{"{family}": FAMILIES["{family}"]}}' in text
+    assert not re.search(r"^\s*(from|import) (t2r|triton|\.)", text, re.MULTILINE)
+    assert 'FAMILIES = {"llama": FAMILIES["llama"]}' in text
 
 
 def test_a_name_with_two_meanings_is_an_error():
@@ -93,3 +95,82 @@ def test_a_name_with_two_meanings_is_an_error():
     claim(owner, "pad", "from torch.nn.functional import pad")
     with pytest.raises(ValueError, match="pad means from torch.nn.functional import pad and t2r.x"):
         claim(owner, "pad", "t2r.x")
+
+
+@pytest.fixture(scope="module")
+def converted(tiny_llama, tmp_path_factory):
+    source = shutil.copytree(tiny_llama, tmp_path_factory.mktemp("publish") / "tiny")
+    (source / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    convert(str(source), str(source.parent / "out"))
+    return source.parent / "out"
+
+
+def test_the_card_says_what_was_made_of_what(converted):
+    card = ModelCard.load(converted / "README.md")
+    assert card.data.license == "apache-2.0" and card.data.library_name == "transformers"
+    assert "gated-slot-attention" in card.data.tags and "base_model" not in card.data.to_dict()  # a folder is no hub id
+    report = json.loads((converted / "conversion.json").read_text())
+    for file in report["source_files"]:
+        assert f"| {file['name']} | {file['bytes']:,} | {file['sha256']} |" in card.text
+    assert "| `model.layers.*.self_attn.v_proj.bias` | 2 | copied | 32 | bfloat16 |" in card.text
+    assert "| `model.layers.*.self_attn.write` | 2 | new | 2 x 64 | float32 |" in card.text
+    assert "\nverified\n" in card.text and "trust_remote_code=True" in card.text
+    assert sum(int(n) for n in re.findall(r"^\| `\S+` \| (\d+) \|", card.text, re.MULTILINE)) == len(report["tensors"])
+
+
+def test_push_uploads_the_public_files_in_one_commit(converted, tmp_path, capfd, monkeypatch):
+    folder = shutil.copytree(converted, tmp_path / "model")
+    (folder / "state").mkdir()
+    (folder / "state/optimizer.pt").touch()
+    (folder / "secret.env").touch()
+    names = sorted(path.name for path in converted.iterdir())
+    calls = []
+
+    class Hub:
+        def __init__(self, **library):
+            assert library["library_name"] == "t2r"
+
+        def whoami(self):
+            calls.append(("whoami",))
+
+        def create_repo(self, repo, private, exist_ok):
+            calls.append(("create", repo, private, exist_ok))
+            return f"https://huggingface.co/{repo}"
+
+        def upload_folder(self, repo_id, folder_path, allow_patterns, commit_message):
+            calls.append(("upload", repo_id, folder_path, allow_patterns))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    assert main(["push", str(folder), "me/model", "--dry-run"]) == 0
+    printed = capfd.readouterr().out
+    assert calls == [] and all(f"  {name}\n" in printed for name in names) and f"{len(names)} files, " in printed
+    assert main(["push", str(folder), "me/model", "--private"]) == 0
+    assert calls == [("whoami",), ("create", "me/model", True, True), ("upload", "me/model", folder, names)]
+    assert "pushed to https://huggingface.co/me/model" in capfd.readouterr().out
+
+
+def test_push_refuses_in_one_line(converted, tiny_llama, capfd, monkeypatch):
+    def refuses(folder, repo, message):
+        capfd.readouterr()
+        assert main(["push", str(folder), repo]) == 2
+        err = capfd.readouterr().err
+        assert message in err and err.count("\n") == 1, err
+
+    refuses(converted, "model", "'model' is no repository; nearest valid: NAME/MODEL")
+    refuses(tiny_llama, "me/model", "this is a llama model, not a converted one")
+    refuses(converted.parent / "nowhere", "me/model", "no such folder or file")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.HfApi, "whoami", lambda self: None)
+    refuses(converted, "me/model", "the hub is switched off by HF_HUB_OFFLINE; try: `HF_HUB_OFFLINE=0 t2r push")
+
+    def unknown(self):
+        raise huggingface_hub.errors.LocalTokenNotFoundError("no token")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "whoami", unknown)
+    refuses(converted, "me/model", "you are not logged in to the hub; try: `hf auth login`")
+
+    def unreachable(self):
+        raise OSError("[Errno -3] name resolution\nmore")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "whoami", unreachable)
+    refuses(converted, "me/model", "the hub cannot be reached: [Errno -3] name resolution (in me/model)")

@@ -52,6 +52,7 @@ def convert(
     from t2r.convert.verify import verify as verify_folder
     from t2r.convert.writer import SHARD_SIZE, FolderWriter, available_ram, check_absent, preflight
     from t2r.errors import UserError
+    from t2r.publish import model_card
 
     if not dry_run:
         check_absent(out)
@@ -68,9 +69,9 @@ def convert(
             print(f"going on    a killed run has written {len(writer.written)} of {len(plan.targets)} tensors")
         with timed("copied", sum(writer.nbytes(name) for name in plan.targets if name not in writer.written)):
             digests = write_weights(plan, writer, hash)
-            write_rest(plan, writer.path, digests)
+            made = write_rest(plan, writer.path, digests)
             writer.flush()
-        ram = available_ram()
+        ram, report = available_ram(), None
         if verify and ram is not None and ram < plan.verify_ram_bytes:
             print(f"not verified: that takes {plan.verify_ram_bytes / 1e9:.1f} GB of memory, {ram / 1e9:.1f} are free")
         elif verify:
@@ -79,6 +80,8 @@ def convert(
             print(report, flush=True)
             if not report.passed:
                 raise UserError(f"the result does not equal its source: {report.failed[0].name}", where=source)
+        card = model_card(plan, made, report and str(report))
+        (writer.path / "README.md").write_text(card, encoding="utf-8")
     print(f"wrote {out}")
 
 
@@ -173,8 +176,11 @@ def all_finite(tensor) -> bool:
     return bool(least.isfinite() and most.isfinite())
 
 
-def write_rest(plan, path, digests: dict[str, str] | None) -> None:
-    """Everything of the folder but the weights: config, generation config, tokenizer, and the report of the tensors."""
+def write_rest(plan, path, digests: dict[str, str] | None) -> dict:
+    """Everything of the folder but weights and card: config, code, generation config, tokenizer, conversion.json.
+
+    Returns what conversion.json says: the source's files, every tensor.
+    """
     import json
 
     from transformers import GenerationConfig
@@ -193,3 +199,4 @@ def write_rest(plan, path, digests: dict[str, str] | None) -> None:
     ]
     report = {"schema_version": 1, "t2r": __version__, "source_files": files, **plan.report()}
     (path / "conversion.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return report
