@@ -86,6 +86,7 @@ def validate(file: str, overrides: Sequence[str] = ()) -> None:
 
     Data that is not here is only noted: a run may be checked where it will not happen.
     """
+    from t2r.data.prepare import parts
     from t2r.data.sources import resolve
     from t2r.evaluate.recipe import load_recipe
 
@@ -99,7 +100,7 @@ def validate(file: str, overrides: Sequence[str] = ()) -> None:
         if config.compare:
             load_recipe(config.compare.recipe)
         try:
-            resolve([*config.data.train, *config.data.validation])
+            resolve([*(spec for part in parts(config.data) for spec in part.data), *config.data.validation])
         except UserError as error:
             note = f", but here is {error}"
     print(f"{path} is valid{note}")

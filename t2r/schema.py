@@ -122,14 +122,34 @@ class StageConfig:
 
 
 @dataclass
+class PartConfig:
+    """One part of a mixture. data: as DataConfig.train. weight: its share of the rows, beside those of the other parts.
+    field: the key of its documents, None: data.field."""
+
+    data: list[str]
+    weight: float = 1.0
+    field: str | None = None
+
+
+@dataclass
 class DataConfig:
     """train, validation: files (.jsonl, .jsonl.gz, .jsonl.zst, .txt, .parquet, patterns such as train-*.jsonl.zst),
-    `shipped:NAME` for text that comes with t2r, or names of hub data sets. field: the key of a document's text.
+    `shipped:NAME` for text that comes with t2r, or hub data sets (org/name or org/name:subset).
+    mix: in place of train, several such lists, each with its weight.
+    held_out: in place of validation, this share of the training documents, chosen by their hash.
+    field: the key of a document's text, or of a chat's messages: these go through the source's chat template, and only
+        what the assistant says is learned.
+    boundaries: documents that share a row do not see each other; false: rows are cut from one long text.
+    stream: tokenise while training, in a process beside it; else before, or by `t2r prepare`.
     cache: folder for the tokens, read in place of the text from then on.
     """
 
     train: list[str] = field(default_factory=list)
     validation: list[str] = field(default_factory=list)
+    mix: list[PartConfig] = field(default_factory=list)
+    held_out: float = 0.0
+    boundaries: bool = True
+    stream: bool = False
     field: str = "text"
     cache: str = "~/.cache/t2r/tokens"
 
@@ -202,8 +222,7 @@ def check(config: RunConfig, where: object = None) -> None:
 
     for i, stage in enumerate(config.stages):
         check_stage(stage, config, f"stages.{i}", wrong)
-    if config.stages and not config.data.train:
-        wrong("data.train", "is empty, but there are stages to train")
+    check_data(config, wrong)
     check_deepspeed(config.deepspeed, wrong)
     if config.compare and config.compare.limit is not None and config.compare.limit < 1:
         wrong("compare.limit", f"is {config.compare.limit}, it must be positive")
@@ -237,8 +256,8 @@ def check_stage(stage: StageConfig, config: RunConfig, key: str, wrong: Callable
         wrong(f"{key}.loss.kl", f"is {stage.loss.kl}, a weight between 0 (cross-entropy) and 1", 1)
     if stage.loss.temperature <= 0 or stage.loss.chunk < 1:
         wrong(f"{key}.loss", "needs a positive temperature and chunk")
-    if stage.validation_tokens and not config.data.validation:
-        wrong(f"{key}.validation_tokens", "needs data.validation")
+    if stage.validation_tokens and not config.data.validation and not config.data.held_out:
+        wrong(f"{key}.validation_tokens", "needs data.validation or data.held_out")
     if 0 < stage.validation_tokens < stage.context:
         wrong(f"{key}.validation_tokens", f"is less than a row of {stage.context}", stage.context)
 
@@ -259,6 +278,23 @@ def check_rates(stage: StageConfig, key: str, wrong: Callable[..., NoReturn]) ->
             wrong(f"{key}.lora.targets", "is empty: no layer would get an adapter", "null in place of lora")
         if not (stage.lr.mixer or stage.lr.body):
             wrong(f"{key}.lora", "has lr.mixer and lr.body 0: no adapter would be trained", "lora: null")
+
+
+def check_data(config: RunConfig, wrong: Callable[..., NoReturn]) -> None:
+    data = config.data
+    if config.stages and not data.train and not data.mix:
+        wrong("data.train", "is empty, but there are stages to train")
+    if data.train and data.mix:
+        wrong("data.mix", "takes the place of data.train, which is given too", "train: []")
+    for i, part in enumerate(data.mix):
+        if part.weight <= 0:
+            wrong(f"data.mix.{i}.weight", f"is {part.weight}, it must be positive", 1.0)
+        if not part.data:
+            wrong(f"data.mix.{i}.data", "is empty")
+    if not 0 <= data.held_out < 1:
+        wrong("data.held_out", f"is {data.held_out}, a share of the documents", 0.001)
+    if data.validation and data.held_out:
+        wrong("data.held_out", "takes the place of data.validation, which is given too", 0)
 
 
 def check_deepspeed(config: DeepSpeedConfig, wrong: Callable[..., NoReturn]) -> None:

@@ -1,7 +1,9 @@
 """Data: every format gives the same documents, tokens are made once, and rows are a pure function of seed and step."""
 
+import copy
 import gzip
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,10 +11,12 @@ import torch
 from transformers import AutoTokenizer
 
 from t2r.data import tokens as tokens_module
-from t2r.data.packing import UNLABELLED, Rows, ahead
+from t2r.data.packing import UNLABELLED, Mixture, Rows, ahead, batch, shares
+from t2r.data.prepare import RunData, prepare, training, validation
 from t2r.data.sources import resolve
-from t2r.data.tokens import Tokens, tokenise
+from t2r.data.tokens import Shard, Tokens, check_hashes, request, tokenise, tokenise_ahead
 from t2r.errors import UserError
+from t2r.schema import load_run
 
 TEXTS = ["The tide was out.", "Two clocks,\none wall: \u00e9t\u00e9.", "x" * 300, "Four."]
 LINES = "".join(json.dumps({"text": text, "title": i}) + "\n" for i, text in enumerate(TEXTS)).encode()
@@ -70,9 +74,15 @@ def test_patterns_are_sorted_and_shipped_text_is_found(tmp_path):
 def test_hub_names_are_streamed(monkeypatch):
     import datasets
 
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split, streaming: iter([{"text": name + split}]))
-    (source,) = resolve(["some-org/some-data"])
-    assert list(source.documents("text")) == ["some-org/some-datatrain"]
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: iter([{"text": str((args, options))}]))
+    for name in ("some-org/some-data", "some-org/some-data:subset"):
+        (source,) = resolve([name])
+        asked += source.documents("text")
+    assert asked == [
+        "(('some-org/some-data',), {'split': 'train', 'streaming': True})",
+        "(('some-org/some-data',), {'name': 'subset', 'split': 'train', 'streaming': True})",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -101,7 +111,7 @@ def test_bad_data_is_named_and_leaves_nothing(tmp_path, tokenizer, spec, content
         (data / spec).write_bytes(content)
     with pytest.raises(UserError) as error:
         spec = spec if spec.startswith("shipped:") else str(data / spec)
-        tokenise([spec], tokenizer, "text", tmp_path / "cache", 100)
+        tokenise(request([spec], "text", 100), tokenizer, tmp_path / "cache")
     assert message in str(error.value)
     assert not (tmp_path / "cache").exists() or not list((tmp_path / "cache").iterdir())
 
@@ -109,23 +119,24 @@ def test_bad_data_is_named_and_leaves_nothing(tmp_path, tokenizer, spec, content
 def test_a_wrong_field_is_answered_with_a_key_of_the_data(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_bytes(LINES)
     with pytest.raises(UserError, match="no text under 'txt'.*nearest valid: data.field=text"):
-        tokenise([str(tmp_path / "a.jsonl")], tokenizer, "txt", tmp_path / "cache", 100)
+        tokenise(request([str(tmp_path / "a.jsonl")], "txt", 100), tokenizer, tmp_path / "cache")
 
 
 def test_tokens_are_made_once(tmp_path, tokenizer, monkeypatch):
     path = tmp_path / "a.jsonl"
     path.write_bytes(LINES)
-    arguments = ([str(path)], tokenizer, "text", tmp_path / "cache", 100)
-    tokens = tokenise(*arguments)
+    arguments = (tokenizer, tmp_path / "cache")
+    tokens = tokenise(request([str(path)], "text", 100), *arguments)
+    (shard,) = tokens.shards
     documents = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in TEXTS]
-    assert tokens.ids.tolist() == sum(documents, [])
-    assert tokens.ids.dtype == np.uint16 and isinstance(tokens.ids, np.memmap)
-    assert tokens.starts.tolist() == np.cumsum([0] + [len(d) for d in documents[:-1]]).tolist()
+    assert shard.ids.tolist() == sum(documents, [])
+    assert shard.ids.dtype == np.uint16 and isinstance(shard.ids, np.memmap)
+    assert shard.starts.tolist() == np.cumsum([0] + [len(d) for d in documents[:-1]]).tolist()
     with monkeypatch.context() as patch:
         patch.setattr(tokens_module, "write", lambda *args: pytest.fail("tokenised again"))
-        assert tokenise(*arguments).ids.tolist() == tokens.ids.tolist()
+        assert tokenise(request([str(path)], "text", 100), *arguments).shards[0].ids.tolist() == shard.ids.tolist()
     path.write_bytes(LINES + LINES)
-    assert len(tokenise(*arguments).ids) == 2 * len(tokens.ids)
+    assert len(tokenise(request([str(path)], "text", 100), *arguments)) == 2 * len(tokens)
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
@@ -134,52 +145,264 @@ def test_the_hub_is_read_no_further_than_needed(tmp_path, tokenizer, monkeypatch
 
     endless = ({"text": "word " * 50} for _ in iter(int, 1))
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: endless)
-    assert len(tokenise(["org/endless"], tokenizer, "text", tmp_path, 1000).ids) >= 1000
+    assert 1000 <= len(tokenise(request(["org/endless"], "text", 1000), tokenizer, tmp_path)) < 10**6
+
+
+def in_shards(specs):
+    """A request for small shards."""
+    return replace(request(specs, "text", 1), shard=300)
+
+
+@pytest.fixture
+def one_by_one(monkeypatch):
+    """Documents are read one at a time, so that a shard has two or three."""
+    monkeypatch.setattr(tokens_module, "BATCH", 1)
+
+
+def jsonl(path, documents, field="text"):
+    path.write_text("".join(json.dumps({field: document}) + "\n" for document in documents))
+    return str(path)
+
+
+def many(count=40):
+    return [f"document {i} " + "abc " * (i * 7 % 40) for i in range(count)]
+
+
+def contents(tokens):
+    """ids of each document."""
+    return [list(d) for shard in tokens.shards for d in np.split(shard.ids, shard.starts[1:])]
+
+
+def test_shards_together_hold_every_document_once(tmp_path, tokenizer, one_by_one):
+    specs = [jsonl(tmp_path / "a.jsonl", many(30)), jsonl(tmp_path / "b.jsonl", many(10))]
+    tokens = tokenise(in_shards(specs), tokenizer, tmp_path / "cache")
+    assert len(tokens.shards) > 5
+    want = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in many(30) + many(10)]
+    assert contents(tokens) == want
+
+
+def test_tokenising_goes_on_after_the_last_whole_shard(tmp_path, tokenizer, one_by_one, monkeypatch):
+    wanted = in_shards([jsonl(tmp_path / "a.jsonl", many())])
+    want = contents(tokenise(wanted, tokenizer, tmp_path / "straight"))
+    plain, count = tokens_module.write_shard, [0]
+
+    def killed(*arguments):
+        count[0] += 1
+        if count[0] == 4:
+            raise KeyboardInterrupt
+        return plain(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(tokens_module, "write_shard", killed)
+        tokenise(wanted, tokenizer, tmp_path / "cache")
+    (folder,) = (tmp_path / "cache").iterdir()
+    first = (folder / "00000" / "ids.npy").stat().st_mtime_ns
+    assert {path.name for path in folder.iterdir()} == {"00000", "00001", "00002", ".lock"}
+    assert contents(tokenise(wanted, tokenizer, tmp_path / "cache")) == want
+    assert (folder / "00000" / "ids.npy").stat().st_mtime_ns == first
+
+
+def test_tokens_can_be_used_while_they_are_made(tmp_path, tokenizer):
+    wanted = in_shards([jsonl(tmp_path / "a.jsonl", many(3000))])
+    want = tokenise(wanted, tokenizer, tmp_path / "before")
+    growing = tokenise_ahead(wanted, tokenizer, tmp_path / "cache")
+    rows = Rows(growing, 16, seed=3, growing=True)
+    assert rows.seen < len(want) // 32, "training had to wait for all shards"
+    whole = Rows(want, 16, seed=3, growing=True)
+    first = [rows.place(n) for n in range(30)]
+    assert first == [whole.place(n) for n in range(30)]
+    assert all(np.array_equal(rows.read(n).ids, whole.read(n).ids) for n in first)
+    # a resumed run asks for a late row first
+    again = Rows(tokenise_ahead(wanted, tokenizer, tmp_path / "cache"), 16, seed=3, growing=True)
+    whole.see(None)
+    late = [whole.seen - 1, whole.seen, 2 * whole.seen + 5]
+    assert [again.place(n) for n in late] == [whole.place(n) for n in late]
+    epochs = [sorted(whole.place(e * whole.seen + n) for n in range(whole.seen)) for e in range(2)]
+    assert epochs[0] == epochs[1] == list(range(whole.seen))
+
+
+def test_bad_data_is_named_by_the_process_that_reads_it(tmp_path, tokenizer):
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress("".join(json.dumps({"text": t}) + "\n" for t in many(4000)).encode())[:-20])
+    rows = Rows(tokenise_ahead(in_shards([str(path)]), tokenizer, tmp_path / "cache"), 16, growing=True)
+    assert rows.place(20) >= 0
+    with pytest.raises(UserError, match=r"cannot be read: .* \(in .*a.jsonl.gz\)"):
+        rows.see(None)
+
+
+@pytest.mark.parametrize("name", ["ids.npy", "starts.npy", "shard.json"])
+def test_a_damaged_shard_is_named(tmp_path, tokenizer, one_by_one, name):
+    wanted = in_shards([jsonl(tmp_path / "a.jsonl", many())])
+    tokenise(wanted, tokenizer, tmp_path / "cache")
+    (folder,) = (tmp_path / "cache").iterdir()
+    check_hashes(folder)
+    path = folder / "00001" / name
+    raw = path.read_bytes()
+    path.write_bytes(raw[:-9])
+    with pytest.raises(UserError, match=f"damaged tokens: .*00001.*try: `rm -r {folder}"):
+        tokenise(wanted, tokenizer, tmp_path / "cache")
+    if name == "ids.npy":
+        path.write_bytes(raw[:-2] + b"\1\1")
+        tokenise(wanted, tokenizer, tmp_path / "cache")
+        with pytest.raises(UserError, match="damaged tokens: ids.npy is not what was written"):
+            check_hashes(folder)
+
+
+def test_held_out_documents_are_chosen_by_hash_and_never_trained_on(tmp_path, tokenizer):
+    spec = [jsonl(tmp_path / "a.jsonl", texts := many(200))]
+    sets = [
+        contents(tokenise(request(spec, "text", 10**9, 0.2, held), tokenizer, tmp_path / "cache"))
+        for held in (False, True)
+    ]
+    want = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in texts]
+    assert sorted(sets[0] + sets[1]) == sorted(want) and 20 < len(sets[1]) < 60
+    longer = [jsonl(tmp_path / "b.jsonl", texts + ["one more"])]
+    again = contents(tokenise(request(longer, "text", 10**9, 0.2, True), tokenizer, tmp_path / "cache"))
+    assert again[: len(sets[1])] == sets[1]
+
+
+CHATML = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def chat(*contents):
+    return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+
+
+@pytest.fixture
+def chatty(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+def test_of_a_chat_only_the_assistant_is_learned(tmp_path, chatty):
+    chats = [chat("Hello?", "Yes.", "And you?", "No."), chat("a" * 20, "b")]
+    wanted = request([jsonl(tmp_path / "a.jsonl", chats, "messages")], "messages", 1)
+    (shard,) = tokenise(wanted, chatty, tmp_path / "cache").shards
+    text = "<user>Hello?</s>\n<assistant>Yes.</s>\n<user>And you?</s>\n<assistant>No.</s>\n"
+    assert chatty.decode(shard.ids[: shard.starts[1]]) == text
+    assert chatty.decode(shard.ids[: shard.starts[1]][shard.learned[: shard.starts[1]]]) == "Yes.</s>\nNo.</s>\n"
+    rows = Rows(Tokens([shard]), 16)
+    seen = 0
+    for row in range(len(shard.ids) // 16 - 1):
+        read = rows.read(row)
+        labels = read.labels[read.labels != UNLABELLED]
+        assert rows.labelled(row) == len(labels)
+        positions = 16 * row + 1 + np.flatnonzero(read.labels != UNLABELLED)
+        assert shard.learned[positions].all() and not set(positions) & set(shard.starts)
+        seen += len(labels)
+    assert seen > 5
+
+
+@pytest.mark.parametrize(
+    "template, message",
+    [
+        (None, "the data holds messages, but the source's tokenizer has no chat template"),
+        ("{{ messages | length }}", "the chat template writes a turn differently once others follow"),
+        ("{{ raise_exception('not so') }}", "the chat template cannot write a chat: not so"),
+    ],
+)
+def test_a_template_that_does_not_fit_is_named(tmp_path, chatty, template, message):
+    chatty.chat_template = template
+    wanted = request([jsonl(tmp_path / "a.jsonl", [chat("a", "b", "c", "d")], "messages")], "messages", 1)
+    with pytest.raises(UserError, match=message):
+        tokenise(wanted, chatty, tmp_path / "cache")
+
+
+def test_prepare_makes_what_a_run_reads_and_checks_it_the_next_time(tmp_path, tiny_llama, tokenizer, capsys):
+    config = tmp_path / "c.yaml"
+    config.write_text(f"""source: {tiny_llama}
+data:
+  mix: [{{data: [{jsonl(tmp_path / "a.jsonl", many())}]}}, {{data: [shipped:validation], weight: 3}}]
+  held_out: 0.2
+  cache: {tmp_path}/cache
+stages: [{{kind: lm, tokens: 640, context: 64, batch_tokens: 128, lr: {{gates: 1e-3}}, validation_tokens: 128}}]
+""")
+    prepare(str(config))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["training", "training", "validation", "validation"]
+    assert all("written" in line for line in lines)
+    prepare(str(config))
+    assert all("unchanged" in line for line in capsys.readouterr().out.splitlines())
+    settings = load_run(config)
+    folders = {wanted.key(tokenizer) for wanted in [*training(settings), *validation(settings)]}
+    assert folders == {path.name for path in (tmp_path / "cache").iterdir()}
+    data = RunData(settings, tokenizer)
+    assert [len(part.tokens) for part in data.rows(settings.stages[0], 0).parts] == [len(t) for t in data.training]
+    assert len(list(data.validation_rows(settings.stages[0]).first(2, 1))) == 2
 
 
 def random_tokens(documents=40, seed=0):
     """Documents whose every token is the number of the document."""
     lengths = np.random.default_rng(seed).integers(1, 30, documents)
     starts = np.cumsum(lengths) - lengths
-    return Tokens(np.repeat(np.arange(documents), lengths).astype(np.uint16), starts.astype(np.int64))
+    return Tokens([Shard(np.repeat(np.arange(documents), lengths).astype(np.uint16), starts.astype(np.int64))])
+
+
+def many_shards():
+    return Tokens([random_tokens(n, seed=n).shards[0] for n in (40, 3, 25)])
 
 
 @pytest.mark.parametrize("context", [8, 16, 31])
 def test_packing_against_its_definition(context):
-    tokens = random_tokens()
-    rows = Rows(tokens, context)
-    assert len(rows) == (len(tokens.ids) - 1) // context
-    batch = rows.batch(list(range(len(rows))), share=1.0)
+    rows = Rows(random_tokens(), context)
+    (tokens,) = rows.tokens.shards
+    assert rows.seen == (len(tokens.ids) - 1) // context
+    packed = batch([rows.read(r) for r in range(rows.seen)], share=1.0)
     starts = set(tokens.starts.tolist())
     bounds = []
-    for r in range(len(rows)):
+    for r in range(rows.seen):
         position = -1
         for t in range(context):
             at = r * context + t
             begins = t == 0 or at in starts
             position = 0 if begins else position + 1
             bounds += [at] if begins else []
-            assert batch.input_ids[r, t] == tokens.ids[at]
-            assert batch.position_ids[r, t] == position
-            assert batch.labels[r, t] == (UNLABELLED if at + 1 in starts else tokens.ids[at + 1])
-        assert rows.labelled(r) == (batch.labels[r] != UNLABELLED).sum()
-    assert batch.cu_seqlens.tolist() == [*bounds, len(rows) * context]
-    labelled = batch.labels != UNLABELLED
-    assert torch.equal(batch.labels[labelled], batch.input_ids[labelled]), "a label crossed into another document"
+            assert packed.input_ids[r, t] == tokens.ids[at]
+            assert packed.position_ids[r, t] == position
+            assert packed.labels[r, t] == (UNLABELLED if at + 1 in starts else tokens.ids[at + 1])
+        assert rows.labelled(r) == (packed.labels[r] != UNLABELLED).sum()
+    assert packed.cu_seqlens.tolist() == [*bounds, rows.seen * context]
+    labelled = packed.labels != UNLABELLED
+    assert torch.equal(packed.labels[labelled], packed.input_ids[labelled]), "a label crossed into another document"
+
+
+def test_without_boundaries_rows_are_cut_from_one_text():
+    rows = Rows(random_tokens(), 16, boundaries=False)
+    (tokens,) = rows.tokens.shards
+    packed = batch([rows.read(r) for r in range(rows.seen)], share=1.0)
+    assert torch.equal(packed.labels.flatten(), torch.from_numpy(tokens.ids[1 : 16 * rows.seen + 1].astype(np.int64)))
+    assert packed.cu_seqlens.tolist() == list(range(0, 16 * rows.seen + 1, 16)) and rows.labelled(3) == 16
+    assert torch.equal(packed.position_ids, torch.arange(16).expand(rows.seen, 16))
+
+
+@pytest.mark.parametrize("growing", [False, True])
+def test_rows_do_not_cross_shards(growing):
+    rows, tokens = Rows(many_shards(), 8, growing=growing), many_shards()
+    rows.see(None)
+    assert rows.seen == sum((len(shard.ids) - 1) // 8 for shard in tokens.shards)
+    whole = [row for shard in tokens.shards for row in range((len(shard.ids) - 1) // 8)]
+    shards = [shard for shard in tokens.shards for row in range((len(shard.ids) - 1) // 8)]
+    for n, (shard, row) in enumerate(zip(shards, whole, strict=True)):
+        assert np.array_equal(rows.read(n).ids, shard.ids[8 * row : 8 * row + 9])
 
 
 def test_the_mask_shows_each_token_its_own_document_up_to_itself():
-    batch = Rows(random_tokens(), 16).batch([0, 3], share=1.0)
-    document = batch.input_ids  # in these data, the token is the document's number
+    rows = Rows(random_tokens(), 16)
+    packed = batch([rows.read(0), rows.read(3)], share=1.0)
+    document = packed.input_ids  # in these data, the token is the document's number
     t = torch.arange(16)
     want = (document[:, :, None] == document[:, None, :]) & (t[None, :, None] >= t[None, None, :])
-    assert torch.equal(batch.attention_mask()[:, 0], want)
+    assert torch.equal(packed.attention_mask()[:, 0], want)
 
 
 def test_rows_of_a_step_do_not_depend_on_the_processes_nor_on_the_past():
     def seen(rank, world, seed=3, step=5):
-        rows = Rows(random_tokens(), 8, seed)
-        return [batch.input_ids for batch in rows.step(step, 8, 2, rank, world)]
+        rows = Mixture([Rows(random_tokens(), 8, seed), Rows(many_shards(), 8, seed)], [1, 2], seed)
+        return [b.input_ids for b in rows.step(step, 8, 2, rank, world)]
 
     alone = seen(0, 1)
     assert len(alone) == 4
@@ -191,13 +414,24 @@ def test_rows_of_a_step_do_not_depend_on_the_processes_nor_on_the_past():
 
 def test_an_epoch_visits_every_row_once_and_the_next_in_another_order():
     rows = Rows(random_tokens(), 8)
-    epochs = [[rows.row(e * len(rows) + i) for i in range(len(rows))] for e in range(2)]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(len(rows)))
+    epochs = [[rows.place(e * rows.seen + i) for i in range(rows.seen)] for e in range(2)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(rows.seen))
     assert epochs[0] != epochs[1]
 
 
+def test_a_mixture_has_its_shares_and_reads_each_part_in_order():
+    assert shares([1, 1, 1], 1000) == [334, 333, 333] and shares([0.7, 0.3], 1000) == [700, 300]
+    assert shares([1e-9, 1], 1000) == [1, 999]
+    mixture = Mixture([Rows(random_tokens(), 8), Rows(many_shards(), 8)], [3, 1], seed=1)
+    picked = [mixture.pick(n) for n in range(3000)]
+    for part, count in zip(mixture.parts, (2250, 750), strict=True):
+        assert [n for p, n in picked if p is part] == list(range(count))
+    assert {p is mixture.parts[0] for p, _ in picked[:20]} == {True, False}
+    assert picked == [mixture.pick(n) for n in range(3000)] and mixture.pick(2999) == picked[2999]
+
+
 def test_shares_make_the_mean_over_forwards_the_mean_over_tokens():
-    rows = Rows(random_tokens(), 8)
+    rows = Mixture([Rows(random_tokens(), 8)])
     batches = list(rows.step(2, 8, 2))
     counts = [(batch.labels != UNLABELLED).sum().item() for batch in batches]
     assert len(set(counts)) > 1
@@ -210,11 +444,11 @@ def test_shares_make_the_mean_over_forwards_the_mean_over_tokens():
 
 def test_too_little_text_for_a_row_is_named():
     with pytest.raises(UserError, match="the data has 3 tokens, less than one row of 8.*nearest valid: context=2"):
-        Rows(Tokens(np.arange(3), np.array([0])), 8)
+        Rows(Tokens([Shard(np.arange(3), np.array([0]))]), 8)
 
 
 def test_batches_prepared_ahead_are_the_same_and_errors_arrive():
-    rows = Rows(random_tokens(), 8)
+    rows = Mixture([Rows(random_tokens(), 8)])
     batches = list(ahead(rows.step(0, 8, 2), torch.device("cpu")))
     assert all(torch.equal(a.input_ids, b.input_ids) for a, b in zip(batches, rows.step(0, 8, 2), strict=True))
 

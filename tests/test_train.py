@@ -1,5 +1,6 @@
 """The loop: against itself interrupted, killed, sharded, out of disk and failing."""
 
+import gzip
 import json
 import os
 import random
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from t2r.config import load
 from t2r.convert import convert
 from t2r.convert.source import open_source
+from t2r.data import prepare
+from t2r.data.tokens import request
 from t2r.errors import UserError
 from t2r.schema import RunConfig
 from t2r.train import engine, finetune
@@ -238,6 +242,24 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(long, config,
     finetune.finetune(str(config), words, str(start), str(out))
     assert f"step-000007 is not complete: model.safetensors has {size} bytes of {size + 1}" in capfd.readouterr().err
     assert equals(out, straight)
+
+
+def test_data_that_ends_in_the_middle_leaves_the_last_checkpoint(config, start, tmp_path, monkeypatch):
+    """Tokenised while training: the run gets as far as the data can be read, and goes on when they are mended."""
+    text = "".join(json.dumps({"text": f"line {i} " + "abc" * (i % 50)}) + "\n" for i in range(600))
+    path, whole = tmp_path / "data.jsonl.gz", gzip.compress(text.encode(), mtime=0)
+    monkeypatch.setattr(prepare, "request", lambda *a: replace(request(*a), shard=1000))
+    words = [only("lm")(config), f"data.train=[{path}]", "data.stream=true", "stages.0.tokens=40960"]
+    words += [f"stages.0.{word}" for word in ("context=64", "batch_tokens=4096", "micro_batch=16", "save_every=2")]
+    path.write_bytes(whole)
+    finetune.finetune(str(config), words, str(start), str(tmp_path / "straight"))
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="cannot be read: .*data.jsonl.gz"):
+        finetune.finetune(str(config), words, str(start), str(tmp_path / "run"))
+    assert engine.newest_checkpoint(tmp_path / "run" / "1-lm")
+    path.write_bytes(whole)
+    finetune.finetune(str(config), words, str(start), str(tmp_path / "run"))
+    assert equals(tmp_path / "run", tmp_path / "straight")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the process in /proc")

@@ -4,19 +4,23 @@ Documents lie one after the other and are cut where a row ends; the rest of a do
 document of its own. Nothing is remembered between steps, so a run resumes where it stopped, on any number of processes.
 """
 
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from fractions import Fraction
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from t2r.data.tokens import Tokens
+from t2r.data.tokens import Shard, Tokens
 from t2r.errors import UserError
 
 UNLABELLED = -100  # what cross_entropy ignores
 AHEAD = 2  # batches that are prepared while the device works
+BLOCK = 1000  # rows among which a mixture's parts have their exact shares
 
 
 @dataclass
@@ -50,75 +54,180 @@ class Batch:
         return (index <= index[:, None]) & (index >= first)
 
 
-class Rows:
-    """The rows of `tokens`, `context` tokens each; what is left over at the end is not used.
+class Row(NamedTuple):
+    """One row: ids [T+1], the token after the row included; starts of its documents, 0 first; labels [T]."""
 
+    ids: np.ndarray
+    starts: np.ndarray
+    labels: np.ndarray
+
+
+class Rows:
+    """The rows of `tokens`, `context` tokens each; what is left over at the end of a shard is not used.
+
+    boundaries: whether documents are kept apart. growing: rows of one shard are in random order, shards in theirs, so
+    that training can begin before the last shard is there; else all rows are in random order.
     Raises UserError when there is not one row.
     """
 
-    def __init__(self, tokens: Tokens, context: int, seed: int = 0, name: str = "data.train") -> None:
+    def __init__(
+        self,
+        tokens: Tokens,
+        context: int,
+        seed: int = 0,
+        name: str = "data.train",
+        boundaries: bool = True,
+        growing: bool = False,
+    ) -> None:
         self.tokens, self.context, self.seed = tokens, context, seed
-        # a row's last label is the token after it
-        self.count = max(0, len(tokens.ids) - 1) // context
-        if not self.count:
-            what = f"the data has {len(tokens.ids)} tokens, less than one row of {context} and the token after it"
-            raise UserError(what, where=name, nearest=f"context={max(2, len(tokens.ids) - 1)}")
-        self._epoch, self._order = -1, np.empty(0, np.int64)
+        self.boundaries, self.growing = boundaries, growing
+        self._before = [0]  # rows before each shard that has been seen
+        self._order: tuple[tuple[int, ...], np.ndarray] = ((), np.empty(0, np.int64))
+        self.see(1 if growing else None)
+        if not self.seen:
+            n = len(tokens)
+            what = f"the data has {n} tokens, less than one row of {context} and the token after it"
+            raise UserError(what, where=name, nearest=f"context={max(2, n - 1)}")
 
-    def __len__(self) -> int:
-        return self.count
+    @property
+    def seen(self) -> int:
+        return self._before[-1]
 
-    def row(self, n: int) -> int:
+    def see(self, rows: int | None) -> bool:
+        """Open shards until so many rows are known, None: all. Returns whether there are so many."""
+        while rows is None or self.seen < rows:
+            shard = self.tokens.shard(len(self._before) - 1)
+            if shard is None:
+                return False
+            # a row's last label is the token after it
+            self._before.append(self.seen + max(0, len(shard.ids) - 1) // self.context)
+        return True
+
+    def place(self, n: int) -> int:
         """Which row is the n-th to be trained on: a new order each time through the data."""
-        epoch, place = divmod(n, self.count)
-        if epoch != self._epoch:
-            self._order = np.random.default_rng((self.seed, epoch)).permutation(self.count)
-            self._epoch = epoch
-        return int(self._order[place])
+        if self.growing and self.see(n + 1):
+            epoch = 0
+        else:
+            epoch, n = divmod(n, self.seen)
+        if not self.growing:
+            return int(self.permutation(epoch, 0, self.seen)[n])
+        shard = bisect_right(self._before, n) - 1
+        first, last = self._before[shard : shard + 2]
+        return first + int(self.permutation(epoch, shard, last - first)[n - first])
+
+    def permutation(self, epoch: int, shard: int, count: int) -> np.ndarray:
+        key = (self.seed, epoch, shard)
+        if self._order[0] != key:
+            self._order = (key, np.random.default_rng(key).permutation(count))
+        return self._order[1]
+
+    def locate(self, row: int) -> tuple[Shard, int]:
+        """The shard of a row, and the row's first token in it."""
+        shard = bisect_right(self._before, row) - 1
+        return self.tokens.shard(shard), (row - self._before[shard]) * self.context
+
+    def bounds(self, row: int) -> tuple[np.ndarray, bool]:
+        """Where documents begin inside a row, its own beginning first; and whether one begins right after the row."""
+        if not self.boundaries:
+            return np.zeros(1, np.int64), False
+        shard, begin = self.locate(row)
+        low, high = np.searchsorted(shard.starts, [begin + 1, begin + self.context])
+        cut = high < len(shard.starts) and shard.starts[high] == begin + self.context
+        return np.concatenate([[0], shard.starts[low:high] - begin]), bool(cut)
+
+    def labelled(self, row: int) -> int:
+        """Tokens of a row that have a label."""
+        shard, begin = self.locate(row)
+        starts, cut = self.bounds(row)
+        if shard.learned is None:
+            return self.context - (len(starts) - 1) - int(cut)
+        return int((self.unmasked(row) & shard.learned[begin + 1 : begin + self.context + 1]).sum())
+
+    def unmasked(self, row: int) -> np.ndarray:
+        """[T] bool: whether the next token belongs to the same document."""
+        starts, cut = self.bounds(row)
+        same = np.ones(self.context, bool)
+        same[starts[1:] - 1] = False
+        same[-1] &= not cut
+        return same
+
+    def read(self, row: int) -> Row:
+        shard, begin = self.locate(row)
+        ids = shard.ids[begin : begin + self.context + 1].astype(np.int64)
+        wanted = self.unmasked(row)
+        if shard.learned is not None:
+            wanted &= shard.learned[begin + 1 : begin + self.context + 1]
+        return Row(ids, self.bounds(row)[0], np.where(wanted, ids[1:], UNLABELLED))
+
+
+class Mixture:
+    """Rows of several parts in fixed shares: in each 1,000 rows every part has its number, in random order."""
+
+    def __init__(self, parts: Sequence[Rows], weights: Sequence[float] = (1.0,), seed: int = 0) -> None:
+        self.parts, self.seed = list(parts), seed
+        self.counts = shares(weights, BLOCK)
+        self._block: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+
+    def pick(self, n: int) -> tuple[Rows, int]:
+        """The part that the n-th row comes from, and which of its own rows that is."""
+        if len(self.parts) == 1:
+            return self.parts[0], n
+        block, at = divmod(n, BLOCK)
+        if self._block[0] != block:
+            deck = np.repeat(np.arange(len(self.parts)), self.counts)
+            # a key of its own: with a plain (seed, block) the deck would follow the order of the rows
+            self._block = (block, np.random.default_rng((self.seed, block, len(self.parts))).permutation(deck))
+        part = int(self._block[1][at])
+        earlier = int((self._block[1][:at] == part).sum())
+        return self.parts[part], block * self.counts[part] + earlier
 
     def step(self, step: int, rows: int, micro_batch: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
         """The forwards of process `rank` in optimizer step `step`, which reads `rows` rows over `world` processes."""
-        chosen = [self.row(n) for n in range(step * rows, (step + 1) * rows)]
+        picked = [self.pick(n) for n in range(step * rows, (step + 1) * rows)]
+        chosen = [(part, part.place(n)) for part, n in picked]
         forwards = rows // micro_batch
-        share = sum(self.labelled(row) for row in chosen) / forwards
+        # 1 where nothing is labelled: the sums that it divides are 0 then
+        share = max(1, sum(part.labelled(row) for part, row in chosen)) / forwards
         for forward in range(rank, forwards, world):
-            yield self.batch(chosen[forward * micro_batch : (forward + 1) * micro_batch], share)
+            mine = chosen[forward * micro_batch : (forward + 1) * micro_batch]
+            yield batch([part.read(row) for part, row in mine], share)
 
     def first(self, rows: int, micro_batch: int) -> Iterator[Batch]:
-        """The first rows in their order, in whole forwards, for validation."""
-        micro_batch = min(micro_batch, rows, self.count)
-        forwards = min(rows, self.count) // micro_batch
-        share = sum(map(self.labelled, range(forwards * micro_batch))) / forwards
+        """The first rows in their order, in whole forwards, for validation; no row twice."""
+        chosen: list[tuple[Rows, int]] = []
+        for n in range(rows):
+            part, row = self.pick(n)
+            if row >= part.seen:
+                break
+            chosen.append((part, row))
+        micro_batch = min(micro_batch, len(chosen))
+        forwards = len(chosen) // micro_batch
+        chosen = chosen[: forwards * micro_batch]
+        share = max(1, sum(part.labelled(row) for part, row in chosen)) / forwards
         for forward in range(forwards):
-            yield self.batch(list(range(forward * micro_batch, (forward + 1) * micro_batch)), share)
+            mine = chosen[forward * micro_batch : (forward + 1) * micro_batch]
+            yield batch([part.read(row) for part, row in mine], share)
 
-    def bounds(self, row: int) -> np.ndarray:
-        """Where documents begin inside a row, its own beginning first."""
-        begin = row * self.context
-        low, high = np.searchsorted(self.tokens.starts, [begin + 1, begin + self.context])
-        return np.concatenate([[0], self.tokens.starts[low:high] - begin])
 
-    def labelled(self, row: int) -> int:
-        """Tokens of a row whose next token belongs to the same document."""
-        following = (row + 1) * self.context
-        starts = self.tokens.starts
-        at = np.searchsorted(starts, following)
-        ends_a_document = at < len(starts) and starts[at] == following
-        return self.context - (len(self.bounds(row)) - 1) - int(ends_a_document)
+def shares(weights: Sequence[float], total: int) -> list[int]:
+    """Whole numbers that sum to `total` in proportion to the weights, each at least 1: the largest remainders are
+    rounded up."""
+    exact = [Fraction(w) * total / sum(map(Fraction, weights)) for w in weights]
+    counts = [max(1, int(x)) for x in exact]
+    order = sorted(range(len(counts)), key=lambda i: counts[i] - exact[i])
+    for i in range(total - sum(counts)):
+        counts[order[i % len(order)]] += 1
+    while sum(counts) > total:
+        counts[counts.index(max(counts))] -= 1
+    return counts
 
-    def batch(self, rows: list[int], share: float) -> Batch:
-        T = self.context
-        ids = np.stack([self.tokens.ids[row * T : (row + 1) * T + 1] for row in rows]).astype(np.int64)
-        bounds = [self.bounds(row) for row in rows]
-        labels, positions = ids[:, 1:].copy(), np.empty((len(rows), T), np.int64)
-        for i, (row, starts) in enumerate(zip(rows, bounds, strict=True)):
-            labels[i, starts[1:] - 1] = UNLABELLED
-            if self.labelled(row) < T - (len(starts) - 1):
-                labels[i, -1] = UNLABELLED
-            positions[i] = np.arange(T) - np.repeat(starts, np.diff(np.append(starts, T)))
-        cu_seqlens = np.concatenate([*(starts + i * T for i, starts in enumerate(bounds)), [len(rows) * T]])
-        arrays = (ids[:, :-1].copy(), labels, positions, cu_seqlens)
-        return Batch(*map(torch.from_numpy, arrays), share=torch.tensor(float(share)))
+
+def batch(rows: Sequence[Row], share: float) -> Batch:
+    T = len(rows[0].labels)
+    positions = [np.arange(T) - np.repeat(row.starts, np.diff(np.append(row.starts, T))) for row in rows]
+    cu_seqlens = np.concatenate([*(row.starts + i * T for i, row in enumerate(rows)), [len(rows) * T]])
+    arrays = np.stack([row.ids[:-1] for row in rows]), np.stack([row.labels for row in rows]), np.stack(positions)
+    return Batch(*map(torch.from_numpy, (*arrays, cu_seqlens)), share=torch.tensor(float(share)))
 
 
 def ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:

@@ -12,11 +12,12 @@ from pathlib import Path
 from t2r.errors import UserError, nearest
 
 SHIPPED = "shipped:"
+Document = str | list[dict]  # a text, or the messages of a chat
 
 
 @dataclass(frozen=True)
 class Source:
-    """One file (`path`) or one data set on the hub (`name`; its split `train` is streamed).
+    """One file (`path`) or one data set on the hub (`name`, or `name:subset`; its split `train` is streamed).
 
     identity: what the cache of its tokens is named after; it changes when the file does.
     """
@@ -31,11 +32,12 @@ class Source:
         stat = self.path.stat()
         return [str(self.path.resolve()), stat.st_size, stat.st_mtime_ns]
 
-    def documents(self, field: str) -> Iterator[str]:
-        """The texts, in the order of the source. Raises UserError for a document without `field`, named by its line."""
+    def documents(self, field: str) -> Iterator[Document]:
+        """The texts or chats, in the order of the source. Raises UserError for a document without `field`, named by its
+        line."""
         for number, record in enumerate(self.records(field), start=1):
             text = record.get(field) if isinstance(record, dict) else None
-            if not isinstance(text, str):
+            if not isinstance(text, str) and not is_chat(text):
                 keys = list(record) if isinstance(record, dict) else []
                 raise UserError(
                     f"document {number} has no text under {field!r}",
@@ -54,6 +56,12 @@ class Source:
             raise
         except (OSError, EOFError, ValueError, ImportError) as error:  # EOFError: a gzip file that ends early
             raise UserError(f"cannot be read: {error}", where=self.path) from error
+
+
+def is_chat(value: object) -> bool:
+    """Whether a field holds messages, each with a role and a text."""
+    turns = isinstance(value, list) and value
+    return bool(turns) and all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in value)
 
 
 def resolve(specs: Sequence[str]) -> list[Source]:
@@ -90,7 +98,7 @@ def shipped_source(spec: str) -> Source:
 
 
 def is_hub_name(spec: str) -> bool:
-    """org/name, and no ending of a file."""
+    """org/name or org/name:subset, and no ending of a file."""
     return spec.count("/") == 1 and not spec.startswith((".", "/", "~")) and not any(map(spec.endswith, FORMATS))
 
 
@@ -159,6 +167,7 @@ def hub_records(name: str) -> Iterator[dict]:
     from datasets import load_dataset
 
     try:
-        yield from load_dataset(name, split="train", streaming=True)
+        path, _, subset = name.partition(":")
+        yield from load_dataset(path, **({"name": subset} if subset else {}), split="train", streaming=True)
     except Exception as error:  # the hub client's HTTP errors share no base class with the library's own
         raise UserError(f"no file {name!r} here, and the hub did not deliver it: {error}", where="data") from error

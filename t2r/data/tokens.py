@@ -1,9 +1,13 @@
-"""Tokens on disk: the documents of some sources, tokenised once and mapped into memory from then on."""
+"""Tokens on disk: the documents of some sources, tokenised once, in shards that are mapped into memory from then on.
+
+A shard is a folder that appears complete or not at all; what is written after a kill goes on behind the last one. So
+training may begin with the first shard while the others are being made.
+"""
 
 import hashlib
 import json
+import multiprocessing
 import os
-import secrets
 import shutil
 import sys
 import time
@@ -11,102 +15,289 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from t2r.data.sources import Source, resolve
+from t2r.data.chat import encode_chats
+from t2r.data.sources import Document, Source, resolve
 from t2r.errors import UserError
 
 BATCH = 256  # documents that the tokenizer, which works in parallel, gets at a time
-FORMAT = 1  # of the files below; a new number makes old caches unknown
+SHARD = 2**24
+FORMAT = 2  # of the files below; a new number makes old caches unknown
+FACTS, COMPLETE, FAULT, LOCK = "shard.json", "complete.json", "fault.txt", ".lock"
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """ids [n] uint16 or uint32: documents one after the other, each ended by the end-of-text token.
-    starts [documents] int64: where each begins."""
+class Shard(NamedTuple):
+    """ids [n] uint16 or uint32: documents one after the other, each ended by the end-of-text token. starts [documents]
+    int64: where each begins. learned [n] bool: the tokens to be predicted, None: all."""
 
     ids: np.ndarray
     starts: np.ndarray
-
-    @classmethod
-    def open(cls, folder: Path) -> "Tokens":
-        return cls(np.load(folder / "ids.npy", mmap_mode="r"), np.load(folder / "starts.npy"))
+    learned: np.ndarray | None = None
 
 
-def tokenise(specs: Sequence[str], tokenizer, field: str, cache: str | Path, hub_tokens: int) -> Tokens:
-    """The tokens of the data `specs` (see DataConfig), from the cache or put there.
+@dataclass(frozen=True)
+class Request:
+    """What is to be tokenised, and how. held_out: share of the documents that is kept for validation. validation: take
+    these, and no others. limit: tokens after which to stop; None: at the end of the files. shard: tokens of one, or a
+    little more: documents are not cut."""
 
-    hub_tokens: how many to take of a data set on the hub, which may be endless; files are read whole. In a group of
-    processes the first of each machine works and the others wait for its folder to appear.
-    Raises UserError for data that is missing, damaged, without text or empty.
+    sources: tuple[Source, ...]
+    field: str
+    held_out: float = 0.0
+    validation: bool = False
+    limit: int | None = None
+    shard: int = SHARD
+
+    def wants(self, document: Document) -> bool:
+        if not self.held_out:
+            return True
+        digest = hashlib.sha256(json.dumps(document).encode()).digest()
+        return (int.from_bytes(digest[:8], "big") < self.held_out * 2**64) == self.validation
+
+    def key(self, tokenizer) -> str:
+        """Name of the folder: whatever changes a token changes it."""
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        identity = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+        facts = [FORMAT, self.shard, [source.identity for source in self.sources], self.field, self.limit]
+        facts += [self.held_out, self.validation, tokenizer.eos_token_id, tokenizer.chat_template, identity]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:20]
+
+
+def request(specs: Sequence[str], field: str, tokens: int, held_out: float = 0.0, validation: bool = False) -> Request:
+    """The data `specs` (see DataConfig) as a Request for at least `tokens` tokens, if there are so many.
+
+    Files are read whole; a data set on the hub, which may be endless, and what is held out are read no further.
+    Raises UserError for data that is not there.
     """
-    sources = resolve(specs)
+    sources = tuple(resolve(specs))
     if not sources:
         raise UserError("no data to train on", where="data.train")
-    folder = Path(cache).expanduser() / key(sources, tokenizer, field, hub_tokens)
-    while not folder.exists():
+    limited = validation or any(source.path is None for source in sources)
+    return Request(sources, field, held_out, validation, tokens if limited else None)
+
+
+class Tokens:
+    """Some shards, all of them there."""
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self.shards = list(shards)
+
+    def shard(self, i: int) -> Shard | None:
+        """The i-th, None where there are no more."""
+        return self.shards[i] if i < len(self.shards) else None
+
+    def __len__(self) -> int:
+        return sum(len(shard.ids) for shard in self.shards)
+
+
+class GrowingTokens(Tokens):
+    """The shards of a folder that another process is writing: asking for one waits for it."""
+
+    def __init__(self, folder: Path, writer) -> None:
+        super().__init__([])
+        self.folder, self.writer = folder, writer
+
+    def shard(self, i: int) -> Shard | None:
+        while i >= len(self.shards):
+            if (path := self.folder / shard_name(len(self.shards))).exists():
+                self.shards.append(open_shard(path))
+            elif (self.folder / FAULT).exists():
+                raise UserError((self.folder / FAULT).read_text(encoding="utf-8"))
+            elif (self.folder / COMPLETE).exists():
+                return None
+            elif self.writer is not None and not self.writer.is_alive() and not path.exists():
+                raise UserError("the process that tokenises has ended without a word", where=self.folder)
+            else:
+                time.sleep(0.1)
+        return self.shards[i]
+
+
+def tokenise(wanted: Request, tokenizer, cache: str | Path) -> Tokens:
+    """The tokens, from the cache or put there. In a group of processes the first of each machine works and the others
+    wait. Raises UserError for data that is damaged, without text or empty."""
+    folder = Path(cache).expanduser() / wanted.key(tokenizer)
+    while not (folder / COMPLETE).exists():
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            write(sources, tokenizer, field, folder, hub_tokens)
+            write(wanted, tokenizer, folder)
         else:
             time.sleep(0.5)
-    return Tokens.open(folder)
+    return open_tokens(folder)
 
 
-def key(sources: Sequence[Source], tokenizer, field: str, hub_tokens: int) -> str:
-    """Name of the folder: whatever changes a token changes it."""
-    hub = hub_tokens if any(source.path is None for source in sources) else 0
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    identity = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
-    facts = [FORMAT, [source.identity for source in sources], field, hub, tokenizer.eos_token_id, identity]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:20]
+def tokenise_ahead(wanted: Request, tokenizer, cache: str | Path) -> Tokens:
+    """The same tokens while a process of their own makes them."""
+    folder = Path(cache).expanduser() / wanted.key(tokenizer)
+    if (folder / COMPLETE).exists():
+        return open_tokens(folder)
+    writer = None
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / FAULT).unlink(missing_ok=True)
+        spawn = multiprocessing.get_context("spawn")
+        writer = spawn.Process(target=write_for, args=(wanted, tokenizer, folder, os.getpid()), daemon=True)
+        writer.start()
+    return GrowingTokens(folder, writer)
 
 
-def write(sources: Sequence[Source], tokenizer, field: str, folder: Path, hub_tokens: int) -> None:
-    """Tokenise into a hidden sibling of `folder` and rename it when it is complete."""
-    from tqdm import tqdm
+def write_for(wanted: Request, tokenizer, folder: Path, parent: int) -> None:
+    """`write` in a process of its own, as long as `parent` lives; a fault is left in the folder."""
+    try:
+        write(wanted, tokenizer, folder, parent)
+    except UserError as error:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / FAULT).write_text(str(error), encoding="utf-8")
 
+
+def open_tokens(folder: Path) -> Tokens:
+    count = json.loads((folder / COMPLETE).read_text())["shards"]
+    return Tokens([open_shard(folder / shard_name(i)) for i in range(count)])
+
+
+def open_shard(path: Path) -> Shard:
+    """Map a shard. Raises UserError where a file of it is missing or of the wrong length."""
+    try:
+        facts = json.loads((path / FACTS).read_text())
+        ids = np.load(path / "ids.npy", mmap_mode="r")
+        learned = np.load(path / "learned.npy", mmap_mode="r") if (path / "learned.npy").exists() else None
+        shard = Shard(ids, np.load(path / "starts.npy"), learned)
+        if (len(ids), len(shard.starts)) != (facts["tokens"], facts["documents"]):
+            raise ValueError(f"{len(ids)} tokens of {facts['tokens']}")
+        return shard
+    except (OSError, ValueError, LookupError, EOFError) as error:
+        raise UserError(f"damaged tokens: {error}", where=path, next=f"rm -r {path.parent}") from error
+
+
+def check_hashes(folder: Path) -> None:
+    """Raise UserError unless the tokens are those that were written."""
+    for path in sorted(folder.glob("[0-9]*")):
+        known = json.loads((path / FACTS).read_text())["sha256"]
+        for name, digest in known.items():
+            if sha256(path / name) != digest:
+                raise UserError(f"damaged tokens: {name} is not what was written", where=path, next=f"rm -r {folder}")
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def shard_name(i: int) -> str:
+    return f"{i:05d}"
+
+
+def write(wanted: Request, tokenizer, folder: Path, parent: int | None = None) -> None:
+    """Tokenise shard by shard, behind what is there. Nothing is left where not even one shard was completed."""
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no end-of-text token to put between documents")
-    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
-    aside = folder.parent / f".{folder.name}.partial-{secrets.token_hex(2)}"
-    starts, n = [], 0
     try:
-        aside.mkdir(parents=True)
-        with (
-            open(aside / "ids.raw", "wb") as raw,
-            tqdm(desc="tokenising", unit=" tokens", unit_scale=True, disable=not sys.stderr.isatty()) as bar,
-        ):
-            for ids in token_lists(sources, tokenizer, field, hub_tokens):
-                if ids[-1:] != [tokenizer.eos_token_id]:
-                    ids = [*ids, tokenizer.eos_token_id]
-                raw.write(np.array(ids, dtype).tobytes())
-                starts.append(n)
-                n += len(ids)
-                bar.update(len(ids))
-        if not starts:
-            raise UserError("the data holds no text", where=", ".join(source.name for source in sources))
-        ids = np.lib.format.open_memmap(aside / "ids.npy", mode="w+", dtype=dtype, shape=(n,))
-        ids[:] = np.memmap(aside / "ids.raw", dtype=dtype, mode="r")
-        ids.flush()
-        (aside / "ids.raw").unlink()
-        np.save(aside / "starts.npy", np.array(starts, np.int64))
-        if not folder.exists():  # another run may have been faster
-            aside.rename(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder):
+            if not (folder / COMPLETE).exists():
+                write_shards(wanted, tokenizer, folder, parent)
     except OSError as error:
         raise UserError(f"cannot keep the tokens: {error.strerror}", where=folder.parent) from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        if folder.exists() and not any(folder.glob("[0-9]*")):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def token_lists(sources: Sequence[Source], tokenizer, field: str, hub_tokens: int) -> Iterator[list[int]]:
-    """Token ids of each document that holds any, begun as the tokenizer begins a text."""
-    for source in sources:
-        taken = 0
-        texts = (text for text in source.documents(field) if text.strip())
-        while batch := list(islice(texts, BATCH)):
-            lists = tokenizer(batch, return_attention_mask=False, verbose=False)["input_ids"]
-            yield from lists
-            taken += sum(map(len, lists))
-            if source.path is None and taken >= hub_tokens:
+class locked:
+    """Context manager: one process at a time writes into `folder`; another waits."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / LOCK
+
+    def __enter__(self) -> None:
+        self.file = open(self.path, "w")  # noqa: SIM115
+        try:
+            import fcntl
+        except ImportError:  # Windows: whoever is last overwrites the same tokens with the same tokens
+            return
+        fcntl.flock(self.file, fcntl.LOCK_EX)
+
+    def __exit__(self, *error) -> None:
+        self.file.close()
+
+
+def write_shards(wanted: Request, tokenizer, folder: Path, parent: int | None) -> None:
+    from tqdm import tqdm
+
+    done = [json.loads((path / FACTS).read_text()) for path in sorted(folder.glob("[0-9]*"))]
+    tokens, begin = sum(facts["tokens"] for facts in done), done[-1]["next"] if done else [0, 0]
+    place = begin
+    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
+    buffer: list[tuple[list[int], list[bool] | None]] = []
+    size = 0
+    with tqdm(
+        desc="tokenising", unit=" tokens", unit_scale=True, initial=tokens, disable=not sys.stderr.isatty()
+    ) as bar:
+        for place, encoded in token_lists(wanted, tokenizer, begin):
+            if parent is not None and os.getppid() != parent:
+                return
+            for ids, learned in encoded:
+                if learned is None and ids[-1:] != [tokenizer.eos_token_id]:
+                    ids = [*ids, tokenizer.eos_token_id]
+                buffer.append((ids, learned))
+                size += len(ids)
+                bar.update(len(ids))
+            if size >= wanted.shard:
+                done.append(write_shard(buffer, dtype, place, folder, len(done)))
+                tokens, size, buffer = tokens + size, 0, []
+            if wanted.limit is not None and tokens + size >= wanted.limit:
                 break
+    if buffer:
+        done.append(write_shard(buffer, dtype, place, folder, len(done)))
+    if not done:
+        raise UserError("the data holds no text", where=", ".join(source.name for source in wanted.sources))
+    facts = {key: sum(shard[key] for shard in done) for key in ("tokens", "documents")}
+    aside = folder / f".{COMPLETE}"
+    aside.write_text(json.dumps({"shards": len(done), **facts}) + "\n")
+    aside.rename(folder / COMPLETE)
+
+
+def write_shard(buffer: list, dtype: type, place: list[int], folder: Path, number: int) -> dict:
+    """Write the folder of a shard aside, rename it, and return its facts. next: where to go on, see token_lists."""
+    aside = folder / f".{shard_name(number)}"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    lengths = np.array([len(ids) for ids, _ in buffer])
+    arrays = {
+        "ids.npy": np.concatenate([np.array(ids, dtype) for ids, _ in buffer]),
+        "starts.npy": (np.cumsum(lengths) - lengths).astype(np.int64),
+    }
+    if any(learned is not None for _, learned in buffer):
+        marks = [np.ones(len(ids), bool) if learned is None else np.array(learned) for ids, learned in buffer]
+        arrays["learned.npy"] = np.concatenate(marks)
+    for name, array in arrays.items():
+        np.save(aside / name, array)
+    facts = {"tokens": int(lengths.sum()), "documents": len(lengths), "next": place}
+    facts["sha256"] = {name: sha256(aside / name) for name in arrays}
+    (aside / FACTS).write_text(json.dumps(facts) + "\n")
+    aside.rename(folder / shard_name(number))
+    return facts
+
+
+def token_lists(
+    wanted: Request, tokenizer, place: Sequence[int]
+) -> Iterator[tuple[list[int], list[tuple[list[int], list[bool] | None]]]]:
+    """Batches of documents as (place behind them, [(ids, learned)]). A place is [source, documents of it]; one given
+    begins there. Texts are encoded as the tokenizer begins a text, chats by its template."""
+    first, skip = place
+    for number, source in enumerate(wanted.sources[first:], start=first):
+        documents = islice(source.documents(wanted.field), skip, None)
+        while batch := list(islice(documents, BATCH)):
+            skip += len(batch)
+            chosen = [document for document in batch if wanted.wants(document)]
+            texts = [document for document in chosen if isinstance(document, str) and document.strip()]
+            chats = [document for document in chosen if not isinstance(document, str)]
+            encoded: list = []
+            if texts:
+                lists = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
+                encoded += [(ids, None) for ids in lists]
+            encoded += encode_chats(tokenizer, chats, source.name)
+            if encoded:
+                yield [number, skip], encoded
+        skip = 0

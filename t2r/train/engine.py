@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from t2r.convert.source import open_source
-from t2r.data.packing import Batch, Rows, ahead
+from t2r.data.packing import Batch, Mixture, ahead
 from t2r.schema import RunConfig, StageConfig
 from t2r.train.checkpoint import (
     check_disk,
@@ -96,8 +96,8 @@ def train(
     stage: StageConfig,
     student_folder: Path,
     teacher: nn.Module | None,
-    rows: Rows,
-    validation: Rows | None,
+    rows: Mixture,
+    validation: Mixture | None,
     out: Path,
     group: Group,
 ) -> Path:
@@ -194,7 +194,9 @@ def optimizer_step(
 
 
 @torch.no_grad()
-def evaluate(engine, rows: Rows | None, stage: StageConfig, device: torch.device, log: Log | None, step: int) -> None:
+def evaluate(
+    engine, rows: Mixture | None, stage: StageConfig, device: torch.device, log: Log | None, step: int
+) -> None:
     """The stage's loss on held out rows, the same on every process."""
     count = stage.validation_tokens // stage.context
     if rows is None or not count:

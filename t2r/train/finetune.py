@@ -17,9 +17,7 @@ from t2r.config import load, save
 from t2r.convert import convert
 from t2r.convert.source import Source, open_source
 from t2r.convert.verify import load_source
-from t2r.data.packing import Rows
-from t2r.data.sources import resolve
-from t2r.data.tokens import tokenise
+from t2r.data.prepare import RunData, check_data
 from t2r.env import env
 from t2r.errors import UserError
 from t2r.families import FAMILIES
@@ -75,9 +73,7 @@ def resolve_run(config: str, overrides: Sequence[str]) -> RunConfig:
     settings = with_device(load_run(config, overrides, choose_variant(config, overrides)))
     teacher_source(settings.source)
     if settings.stages:
-        for source in resolve([*settings.data.train, *settings.data.validation]):
-            if source.path is not None:
-                next(source.documents(settings.data.field), None)
+        check_data(settings)
         require_deepspeed(settings.device)
     for i, stage in enumerate(settings.stages):
         dtype = compute_dtype(stage, settings.device)
@@ -152,19 +148,14 @@ def run_stages(settings: RunConfig, folder: Path, start: Path) -> Path:
     """All stages in this process, one of a group if a launcher says so. Returns the last result."""
     transformers.utils.logging.disable_progress_bar()
     group = join_group(settings.device)
-    tokenizer, data = open_source(start).load_tokenizer(), settings.data
-    needed = max(stage.tokens + stage.context for stage in settings.stages)
-    train_tokens = tokenise(data.train, tokenizer, data.field, data.cache, needed)
-    held_out = max(stage.validation_tokens for stage in settings.stages)
-    validation_tokens = tokenise(data.validation, tokenizer, data.field, data.cache, held_out) if held_out else None
+    data = RunData(settings, open_source(start).load_tokenizer())
     teacher = teacher_dtype = None
     for i, stage in enumerate(settings.stages):
         check_split(stage, group.world, i)
         dtype = compute_dtype(stage, group.device.type)
         if STAGES[stage.kind].needs_teacher and teacher_dtype != dtype:
             teacher, teacher_dtype = load_teacher(settings, group, dtype), dtype
-        rows = Rows(train_tokens, stage.context, settings.seed + i)
-        validation = Rows(validation_tokens, stage.context, name="data.validation") if held_out else None
+        rows, validation = data.rows(stage, settings.seed + i), data.validation_rows(stage)
         out = folder / f"{i + 1}-{stage.kind}"
         start = train(settings, stage, start, teacher, rows, validation, out, group)
     return start

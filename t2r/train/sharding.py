@@ -1,6 +1,7 @@
 """DeepSpeed: found, told about the device, given its configuration and an optimizer; and the group of processes."""
 
 import atexit
+import gc
 import io
 import json
 import os
@@ -161,8 +162,11 @@ def initialize(module: nn.Module, groups: list[dict], config: DeepSpeedConfig, s
     settings = engine_config(config, stage, dtype, group.world, trained)
     offloaded = "offload_optimizer" in settings.get("zero_optimization", {})
     optimizer = make_optimizer(groups, stage, zero, fused=group.device.type == "cuda" and not offloaded)
-    with redirect_stdout(io.StringIO()):  # bfloat16 optimizers print their memory use, group by group
+    # bfloat16 optimizers print their memory use, group by group, and collect garbage for it: what is frozen is no garbage
+    gc.freeze()
+    with redirect_stdout(io.StringIO()):
         engine, *_ = require_deepspeed(group.device.type).initialize(model=module, optimizer=optimizer, config=settings)
+    gc.unfreeze()
     return engine
 
 
