@@ -125,6 +125,11 @@ def _finetune(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _prepare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="YAML file, or the name of a shipped one")
+    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="for example data.cache=/data/tokens")
+
+
 def _run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="YAML file, or the name of a shipped one")
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="for example stages.0.tokens=100000")
@@ -197,6 +202,14 @@ VERBS = {
         "t2r finetune --config quickstart stages.0.tokens=20000 --out runs/mine",
         _finetune,
         "t2r.train.finetune:finetune",
+    ),
+    "prepare": Verb(
+        "tokenise the data of a configuration before a run does",
+        "Tokenises the training and validation data that a configuration names, into the folder where its runs look "
+        "for them. What is there already is checked against its hashes, not made again.",
+        "t2r prepare quickstart",
+        _prepare,
+        "t2r.data.prepare:prepare",
     ),
     "run": Verb(
         "convert, train and compare in one go",
