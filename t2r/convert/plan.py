@@ -1,6 +1,7 @@
 """What a conversion will do, tensor by tensor, worked out from names and shapes before a weight is read."""
 
 import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,6 +28,27 @@ class Entry:
     note: str = ""
 
 
+class NewTensors(Mapping[str, torch.Tensor]):
+    """Starting values of the tensors that GSA adds, made a layer at a time as they are asked for."""
+
+    def __init__(self, modules: dict[str, torch.nn.Module]) -> None:
+        """modules: name -> attention module with slots; its own parameters may be on the meta device."""
+        self.places = {f"{path}.{name}": (path, name) for path, m in modules.items() for name in m.new_names()}
+        self.modules, self.last, self.values_of_last = modules, None, {}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        path, short = self.places[name]
+        if path != self.last:
+            self.last, self.values_of_last = path, self.modules[path].new_tensors()
+        return self.values_of_last[short]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
 @dataclass(frozen=True)
 class Plan:
     """A conversion: config of the result, every tensor, and the starting values of the new ones."""
@@ -36,7 +58,7 @@ class Plan:
     gsa: GSAConfig
     preset: str
     entries: list[Entry]
-    new_tensors: dict[str, torch.Tensor]
+    new_tensors: Mapping[str, torch.Tensor]
 
     @property
     def targets(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -155,7 +177,24 @@ def make_plan(
     to_dtype = getattr(torch, dtype) if dtype else None
     main_dtype = to_dtype or source.dtype(next(name for name in source.names() if name.endswith("o_proj.weight")))
     config = gsa_config(source.config, family.model_type, gsa, main_dtype)
+    return lay_out(source, config, preset_name, to_dtype, main_dtype)
+
+
+def import_plan(source: Source, dtype: str | None) -> Plan:
+    """The plan for a source that has Gated Slot Attention already, in another project's format (Source.is_foreign)."""
+    to_dtype = getattr(torch, dtype) if dtype else None
+    main_dtype = to_dtype or source.dtype(next(name for name in source.names() if name.endswith("o_proj.weight")))
+    source.config.dtype = main_dtype
+    return lay_out(source, source.config, "paper", to_dtype, main_dtype)
+
+
+def lay_out(
+    source: Source, config, preset_name: str, to_dtype: torch.dtype | None, main_dtype: torch.dtype
+) -> Plan:
+    """Account for every tensor of the source and of the model that `config` describes; UserError where that fails."""
     target, new = target_tensors(config)
+    if given := set(source.names()).intersection(new):
+        new = {name: new[name] for name in new if name not in given}
 
     entries, wrong = [], []
     for name in source.names():
@@ -171,14 +210,14 @@ def make_plan(
         notes = ["dequantised to float32"] if source.is_quantised else []
         notes += [f"{name_of(stored)} -> {name_of(final)}"] if final != stored else []
         entries.append(Entry(name, "transformed" if notes else "copied", shape, final, ", ".join(notes)))
-    entries += [Entry(n, "new", tuple(x.shape), new_dtype(n, main_dtype)) for n, x in new.items()]
+    entries += [Entry(name, "new", target[name], new_dtype(name, main_dtype)) for name in new]
     entries += [Entry(name, "ignored", (), torch.uint8, reason) for name, reason in source.ignored.items()]
     provided = {e.name for e in entries}
     wrong += [f"{name} is missing from the source" for name in target if name not in provided]
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise UserError(wrong[0] + more, where=source.path)
-    return Plan(source, config, gsa, preset_name, entries, new)
+    return Plan(source, config, GSAConfig.of(config), preset_name, entries, new)
 
 
 def layer_indices(text: str, layers: int, where: str) -> list[int]:
@@ -221,7 +260,7 @@ def gsa_config(source_config, model_type: str, gsa: GSAConfig, dtype: torch.dtyp
     return config
 
 
-def target_tensors(config) -> tuple[dict[str, tuple[int, ...]], dict[str, torch.Tensor]]:
+def target_tensors(config) -> tuple[dict[str, tuple[int, ...]], NewTensors]:
     """Of the model that `config` describes: shape of each stored tensor, and the values of those that GSA adds."""
     from transformers import AutoModelForCausalLM
     from transformers.core_model_loading import revert_weight_conversion
@@ -230,10 +269,7 @@ def target_tensors(config) -> tuple[dict[str, tuple[int, ...]], dict[str, torch.
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    new = {}
-    for prefix, module in model.named_modules():
-        if isinstance(module, GSAttention):
-            new |= {f"{prefix}.{name}": x for name, x in module.new_tensors().items()}
+    new = NewTensors({path: m for path, m in model.named_modules() if isinstance(m, GSAttention)})
     shapes = {name: tuple(x.shape) for name, x in revert_weight_conversion(model, model.state_dict()).items()}
     if config.tie_word_embeddings:
         del shapes["lm_head.weight"]

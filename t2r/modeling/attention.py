@@ -65,6 +65,11 @@ class GSAttention:
     def kv_heads(self) -> int:
         return self.config.num_key_value_heads
 
+    def new_names(self) -> list[str]:
+        """Names of the parameters of `add_gsa`."""
+        added = ("f_proj.weight", "write", "keep", "g_norm.weight")
+        return [name for name, _ in self.named_parameters() if name in added]
+
     def new_tensors(self) -> dict[str, Tensor]:
         """Starting values of the parameters of `add_gsa`; each layer draws its own."""
         config = self.config

@@ -87,10 +87,14 @@ class GSAConfig:
         A long slot starts as a moving average with a half-life of 1 to 32 laps of the ring, modulated by a random gate.
         """
         generator = torch.Generator().manual_seed(seed)
-        gate = torch.randn(kv_heads, self.slots, hidden, generator=generator)
         long = self.slots - self.ring if self.ring else 0
-        gate[:, : self.slots - long] *= self.gate_std
-        gate[:, self.slots - long :] *= self.long_gate_std
+        gate = torch.zeros(kv_heads, self.slots, hidden)
+        for rows, std in (
+            (gate[:, : self.slots - long], self.gate_std),
+            (gate[:, self.slots - long :], self.long_gate_std),
+        ):
+            if std and rows.numel():
+                rows.normal_(std=std, generator=generator)
         tensors = {"f_proj.weight": gate.flatten(0, 1)}
         if self.ring:
             half_lives = self.ring * torch.logspace(0, 5, long, base=2.0)
