@@ -15,10 +15,11 @@ import triton
 import triton.language as tl
 
 from .tile import (
+    add_state,
+    add_tile,
     chunk_span,
     classify,
     expm1,
-    feature,
     load_gates,
     load_positions,
     load_rows,
@@ -26,25 +27,26 @@ from .tile import (
     load_tile,
     meet,
     read,
+    row_token,
     slot_occupancy,
     spread,
     store_rows,
-    store_state,
-    store_tile,
+    time_sum,
     to_rows,
 )
 
 
 @triton.jit
 def written_kernel(
-    k, v, gate, s, write, keep, positions, table, states, decay, occupancy, L, label, w, last,
+    k, v, gate, s, write, keep, positions, table, states, decay, occupancy, L, label, anchors, w, last,
     T, chunks_per_row, H, damping, k_b, k_t, k_h, v_b, v_t, v_h,
     PACKED: tl.constexpr, FORM: tl.constexpr, RING: tl.constexpr, SINKS: tl.constexpr, OCCUPANCY: tl.constexpr,
-    SILU: tl.constexpr, HAS_S: tl.constexpr, HAS_POSITIONS: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_S: tl.constexpr, HAS_POSITIONS: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Of one chunk and head: states [n,H,D+E,M] = sum_j e^{L_end - L_j} w_j [k_j, v_j], decay [n,H,M] = L_end, occupancy
-    [n,H,M] likewise if asked; the tiles L (float32), label (int8) and w [n,H,C,M], and the last label [n,H]."""
+    [n,H,M] likewise if asked; the tiles L (float32), label (int8) and w [n,H,C,M], L at the first token of
+    every class (anchors [n,H,C,M], by label) and the last label [n,H]."""
     pid = tl.program_id(0)
     chunk, h = pid // H, pid % H
     row, begin, count = chunk_span(table, chunk, T, chunks_per_row, C, PACKED)
@@ -56,24 +58,30 @@ def written_kernel(
         gate, s, write, keep, position, row0, count, h, H, damping, FORM, RING, SINKS, HAS_S, C, M
     )
     total, labels = classify(log_alpha, FORM)
-    store_tile(L, total, pid, C, M)
-    store_tile(label, labels, pid, C, M)
-    store_tile(w, weight, pid, C, M)
-    tl.store(last + pid, tl.max(tl.max(labels, axis=1), axis=0).to(tl.int32))
+    add_tile(L, total, pid, False, C, M)
+    add_tile(label, labels, pid, False, C, M)
+    add_tile(w, weight, pid, False, C, M)
+    classes = tl.max(tl.max(labels, axis=1), axis=0).to(tl.int32)
+    tl.store(last + pid, classes)
     m = tl.arange(0, M)
+    for c in range(0, classes + 1):
+        anchor = tl.max(tl.where(labels == c, total, float("-inf")), axis=0)
+        anchor = tl.where(anchor == float("-inf"), 0.0, anchor)  # no member: any finite number will do
+        tl.store(anchors + (pid.to(tl.int64) * C + c) * M + m, anchor)
     at = pid.to(tl.int64) * M
     end = tl.sum(log_alpha, axis=0)
     tl.store(decay + at + m, end)
     if OCCUPANCY:
         tl.store(occupancy + at + m, -expm1(end))
-    # what a token wrote is decayed by the later gates, without the token's own
     DTYPE = states.dtype.element_ty
-    left = (tl.exp(tl.cumsum(log_alpha, axis=0, reverse=True) - log_alpha) * weight).to(DTYPE)
+    left = (tl.exp(time_sum(log_alpha, True, False, DTYPE, C)) * weight).to(DTYPE)
     first = pid.to(tl.int64) * ((D + E) * M)
-    x = feature(load_rows(k, row * k_b + begin * k_t + h * k_h, k_t, 0, count, 1, C, 1, D, BD), SILU)
-    store_state(states, tl.dot(tl.trans(x.to(DTYPE)), left, input_precision=PRECISION), first, 0, D, BD, M)
-    x = feature(load_rows(v, row * v_b + begin * v_t + h * v_h, v_t, 0, count, 1, C, 1, E, BE), SILU)
-    store_state(states, tl.dot(tl.trans(x.to(DTYPE)), left, input_precision=PRECISION), first, D, E, BE, M)
+    x = load_rows(k, row * k_b + begin * k_t + h * k_h, k_t, 0, count, 1, C, 1, D, BD)
+    gain = tl.dot(tl.trans(x.to(DTYPE)), left, input_precision=PRECISION)
+    add_state(states, gain, first, 0, False, D, BD, M)
+    x = load_rows(v, row * v_b + begin * v_t + h * v_h, v_t, 0, count, 1, C, 1, E, BE)
+    gain = tl.dot(tl.trans(x.to(DTYPE)), left, input_precision=PRECISION)
+    add_state(states, gain, first, D, False, E, BE, M)
 
 
 @triton.jit
@@ -130,9 +138,9 @@ def scan_kernel(
 
 @triton.jit
 def output_kernel(
-    q, q_sink, k, v, positions, table, states, occupancy, L, label, w, last, o,
+    q, q_sink, k, v, positions, table, states, occupancy, L, label, anchors, w, last, o,
     T, chunks_per_row, H, G, scale, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
-    PACKED: tl.constexpr, SINKS: tl.constexpr, OCCUPANCY: tl.constexpr, SILU: tl.constexpr,
+    PACKED: tl.constexpr, SINKS: tl.constexpr, OCCUPANCY: tl.constexpr,
     HAS_POSITIONS: tl.constexpr, HAS_SINK: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
     GB: tl.constexpr,
@@ -149,32 +157,56 @@ def output_kernel(
     Lc, labels, weight = load_tile(L, pid, C, M), load_tile(label, pid, C, M), load_tile(w, pid, C, M)
     classes = tl.load(last + pid)
     first = pid.to(tl.int64) * ((D + E) * M)
-    xk = feature(load_rows(k, row * k_b + begin * k_t + h * k_h, k_t, 0, count, 1, C, 1, D, BD), SILU).to(DTYPE)
+    xk = load_rows(k, row * k_b + begin * k_t + h * k_h, k_t, 0, count, 1, C, 1, D, BD).to(DTYPE)
     K0 = load_state(states, first, 0, D, BD, M)
     q_first = row * q_b + begin * q_t + (h * G + g0) * q_h
-    x = feature(load_rows(q, q_first, q_t, q_h, count, G - g0, C, GB, D, BD), SILU).to(DTYPE)
+    x = load_rows(q, q_first, q_t, q_h, count, G - g0, C, GB, D, BD).to(DTYPE)
     if HAS_SINK:
         sink = (tl.arange(0, M) < SINKS)[None, :]
         _p, own, before, within = meet(
-            x, xk, tl.where(sink, 0.0, K0), tl.where(sink, 0.0, weight), Lc, labels, classes, C, GB, M, PRECISION
+            x,
+            xk,
+            tl.where(sink, 0.0, K0),
+            tl.where(sink, 0.0, weight),
+            Lc,
+            labels,
+            anchors,
+            pid,
+            classes,
+            C,
+            GB,
+            M,
+            PRECISION,
         )
         logits = before + within + own[:, None] * to_rows(tl.where(sink, 0.0, weight), C, GB, M)
-        x = feature(load_rows(q_sink, q_first, q_t, q_h, count, G - g0, C, GB, D, BD), SILU).to(DTYPE)
+        x = load_rows(q_sink, q_first, q_t, q_h, count, G - g0, C, GB, D, BD).to(DTYPE)
         _p, own, before, within = meet(
-            x, xk, tl.where(sink, K0, 0.0), tl.where(sink, weight, 0.0), Lc, labels, classes, C, GB, M, PRECISION
+            x,
+            xk,
+            tl.where(sink, K0, 0.0),
+            tl.where(sink, weight, 0.0),
+            Lc,
+            labels,
+            anchors,
+            pid,
+            classes,
+            C,
+            GB,
+            M,
+            PRECISION,
         )
         logits += before + within + own[:, None] * to_rows(tl.where(sink, weight, 0.0), C, GB, M)
     else:
-        _p, own, before, within = meet(x, xk, K0, weight, Lc, labels, classes, C, GB, M, PRECISION)
+        _p, own, before, within = meet(x, xk, K0, weight, Lc, labels, anchors, pid, classes, C, GB, M, PRECISION)
         logits = before + within + own[:, None] * to_rows(weight, C, GB, M)
     p = read(logits, slot_occupancy(occupancy, pid, Lc, C, GB, M, OCCUPANCY), scale, OCCUPANCY)
     own = tl.sum(p * to_rows(weight, C, GB, M), axis=1)
-    A = spread(p, own, weight, Lc, labels, classes, DTYPE, C, GB, M, PRECISION).to(DTYPE)
+    A = spread(p, own, weight, Lc, labels, anchors, pid, classes, DTYPE, C, GB, M, PRECISION).to(DTYPE)
     left = (p * to_rows(tl.exp(Lc), C, GB, M)).to(DTYPE)
     y = tl.dot(left, tl.trans(load_state(states, first, D, E, BE, M)), input_precision=PRECISION)
-    xv = feature(load_rows(v, row * v_b + begin * v_t + h * v_h, v_t, 0, count, 1, C, 1, E, BE), SILU).to(DTYPE)
+    xv = load_rows(v, row * v_b + begin * v_t + h * v_h, v_t, 0, count, 1, C, 1, E, BE).to(DTYPE)
     y = tl.dot(A, xv, y, input_precision=PRECISION)
     if HAS_POSITIONS:
-        t = tl.arange(0, C * GB) // GB
+        t = row_token(C, GB)
         y = tl.where(tl.load(positions + row0 + t, mask=t < count, other=-1)[:, None] >= 0, y, 0.0)
     store_rows(o, y, (row0 * H + h) * G * E + g0 * E, H * G * E, E, count, G - g0, C, GB, E, BE)

@@ -27,8 +27,7 @@ class Tile(NamedTuple):
     heads: tuple[int, int] = (1, 1)
     written: int = 4
     output: int = 8
-    values: int = 8
-    keys: int = 8
+    inner: int = 8
     outer: int = 8
 
 
@@ -86,8 +85,8 @@ def chunk_tables(cu_seqlens: Tensor, total: int, chunk: int) -> tuple[Tensor, Te
 class Launch:
     """Tile, scratch and the arguments that the kernels of one call share."""
 
-    def __init__(self, q, k, v, gate, s, write, keep, q_sink, positions, table, bounds, form, damping, ring, sinks,
-                 normalised, silu, scale):  # fmt: skip
+    def __init__(self, q, k, v, q_sink, gate, s, write, keep, positions, table, bounds, form, damping, ring, sinks,
+                 normalised, scale):  # fmt: skip
         B, T, HQ, D = q.shape
         H, M, E = k.shape[2], gate.shape[-1], v.shape[-1]
         self.tile = tile_for(max(D, E), M, HQ // H, q.dtype)
@@ -97,7 +96,7 @@ class Launch:
         self.dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
         self.bounds, self.flags = bounds, {"PACKED": table is not None, "OCCUPANCY": normalised}
         self.chunk_args = {"T": T, "chunks_per_row": triton.cdiv(T, self.tile.chunk), "H": H, "table": table,
-                           "positions": positions, "HAS_POSITIONS": positions is not None, "SINKS": sinks, "SILU": silu,
+                           "positions": positions, "HAS_POSITIONS": positions is not None, "SINKS": sinks,
                            "PRECISION": "tf32x3" if q.dtype == torch.float16 else "ieee", "C": self.tile.chunk,
                            "BD": triton.next_power_of_2(D), "BE": triton.next_power_of_2(E),
                            "k": k, "v": v, **strides("k", k), **strides("v", v)}  # fmt: skip
@@ -106,7 +105,7 @@ class Launch:
         self.query_args = {"q": q, "q_sink": q_sink, "HAS_SINK": q_sink is not None, "G": HQ // H, "scale": scale,
                            **strides("q", q)}  # fmt: skip
         self.tiles = {"L": self.scratch(self.tile.chunk, M), "label": self.scratch(self.tile.chunk, M, dtype=torch.int8),
-                      "w": self.scratch(self.tile.chunk, M, dtype=self.dtype),
+                      "w": self.scratch(self.tile.chunk, M, dtype=self.dtype), "anchors": self.scratch(self.tile.chunk, M),
                       "last": self.scratch(dtype=torch.int32)}  # fmt: skip
         self.decay = self.scratch(M)
 
@@ -156,9 +155,14 @@ def strides(name: str, x: Tensor) -> dict[str, int]:
     return {f"{name}_{axis}": x.stride(i) for i, axis in enumerate("bth")}
 
 
-def rows_of(x: Tensor | None) -> Tensor | None:
-    """x as the kernels read it: channels side by side, other strides free."""
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+def prepare(q: Tensor, k: Tensor, v: Tensor, q_sink: Tensor | None, gate: Tensor, s: Tensor | None, silu: bool) -> list:
+    """Inputs as the kernels read them: after the feature map (inside, each consumer of a tile would compute it anew),
+    channels contiguous, q and q_sink with the same strides, gates contiguous."""
+    rows = [torch.nn.functional.silu(x) if silu and x is not None else x for x in (q, k, v, q_sink)]
+    rows = [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in rows]
+    if q_sink is not None and rows[3].stride() != rows[0].stride():
+        rows[0], rows[3] = rows[0].contiguous(), rows[3].contiguous()
+    return [*rows, gate.contiguous(), s if s is None else s.contiguous()]
 
 
 @torch.library.custom_op("t2r::gsa_forward", mutates_args=())
@@ -169,9 +173,8 @@ def gsa_forward(
     form: str, damping: float, ring: int, sinks: int, normalised: bool, silu: bool, scale: float, final: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """o and the final memory (empty tensors unless `final`). Arguments as gsa(), the spec spelled out."""
-    q, k, v, q_sink = prepare(q, k, v, q_sink)
-    launch = Launch(q, k, v, gate.contiguous(), s if s is None else s.contiguous(), write, keep, q_sink, positions, table,
-                    bounds, form, damping, ring, sinks, normalised, silu, scale)  # fmt: skip
+    launch = Launch(*prepare(q, k, v, q_sink, gate, s, silu), write, keep, positions, table, bounds, form, damping, ring,
+                    sinks, normalised, scale)  # fmt: skip
     end = launch.state() if final else None
     memory = launch.write(None if keys is None else (keys, values, occupancy), end)
     o = torch.empty(*q.shape[:3], v.shape[-1], device=q.device, dtype=v.dtype)
@@ -179,14 +182,6 @@ def gsa_forward(
     tiles = triton.cdiv(launch.query_args["G"], heads)
     launch.run(forward.output_kernel, launch.tile.output, tiles, o=o, GB=heads, **memory)
     return o, *(end or [q.new_empty(0, dtype=torch.float32) for _ in range(3)])
-
-
-def prepare(q: Tensor, k: Tensor, v: Tensor, q_sink: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Inputs with strides that the kernels take: channels contiguous, q and q_sink alike."""
-    q, k, v, q_sink = (rows_of(x) for x in (q, k, v, q_sink))
-    if q_sink is not None and q_sink.stride() != q.stride():
-        q, q_sink = q.contiguous(), q_sink.contiguous()
-    return q, k, v, q_sink
 
 
 @gsa_forward.register_fake
@@ -208,9 +203,8 @@ def gsa_backward(
     form: str, damping: float, ring: int, sinks: int, normalised: bool, silu: bool, scale: float,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of q, k, v, gate, s, write, keep, q_sink, keys, values, occupancy; empty where there was no input."""
-    q, k, v, q_sink = prepare(q, k, v, q_sink)
-    launch = Launch(q, k, v, gate.contiguous(), s if s is None else s.contiguous(), write, keep, q_sink, positions, table,
-                    bounds, form, damping, ring, sinks, normalised, silu, scale)  # fmt: skip
+    launch = Launch(*prepare(q, k, v, q_sink, gate, s, silu), write, keep, positions, table, bounds, form, damping, ring,
+                    sinks, normalised, scale)  # fmt: skip
     memory = launch.write(None if keys is None else (keys, values, occupancy), None)
     adjoint = launch.memory()
     M, C = launch.dims["M"], launch.tile.chunk
@@ -224,15 +218,21 @@ def gsa_backward(
 
     grads = {"dq": like(q), "dk": like(k), "dv": like(v), "dgate": like(gate), "ds": like(s)}
     grads |= {"d_write": like(write), "d_keep": like(keep), "dq_sink": like(q_sink)}
-    launch.run(backward.values_kernel, launch.tile.values, **given, **grads)
-    launch.run(backward.keys_kernel, launch.tile.keys, **given, **grads)
+    launch.run(backward.inner_kernel, launch.tile.inner, **given, **grads)
     d_begin = None if keys is None else launch.state()
     launch.scan(**adjoint, begin=None if d_keys is None else tuple(x.contiguous() for x in (d_keys, d_values, d_occupancy)),
                 end=d_begin, reverse=True)  # fmt: skip
     d_bias = launch.scratch(2, M) if ring else None
     launch.run(backward.outer_kernel, launch.tile.outer, **given, **grads, d_bias=d_bias)
     if ring:
-        grads |= {name: d_bias[:, :, i].sum(0).to(x.dtype) for i, (name, x) in enumerate((("d_write", write), ("d_keep", keep)))}
+        grads |= {
+            name: d_bias[:, :, i].sum(0).to(x.dtype)
+            for i, (name, x) in enumerate((("d_write", write), ("d_keep", keep)))
+        }
+    if silu:
+        for name, x in (("dq", q), ("dk", k), ("dv", v), ("dq_sink", q_sink)):
+            if x is not None:
+                grads[name] = torch.ops.aten.silu_backward(grads[name], x)
     return [*grads.values(), *(d_begin or (like(x) for x in (keys, values, occupancy)))]
 
 

@@ -10,7 +10,9 @@ one class meet all rows of that class and later ones in one matrix product, with
 row is in [0, 1], col in [1, e^SPAN]: nothing overflows, for any gates. Slow gates need one product a chunk, a clock with
 R slots and S sinks 1 + C / (R - S), and only gates that are hard at every token as many as there are tokens.
 
-Shape legend: spec.py; a tile has C tokens (columns) and R = C * GB rows, row r = query head r % GB of token r // GB.
+Shape legend: spec.py; a tile has C tokens (columns) and R = C * GB rows: 8 tokens of the first of GB query heads, the
+same 8 tokens of the next, and so on, so that with two heads a thread's rows r and r + 8 of a tensor core's tile are the
+same token.
 """
 
 import triton
@@ -52,26 +54,6 @@ def sigmoid(x):
 
 
 @triton.jit
-def feature(x, SILU: tl.constexpr):
-    """The feature map of spec.py in float32, back in x's type."""
-    if SILU:
-        x32 = x.to(tl.float32)
-        x = (x32 * sigmoid(x32)).to(x.dtype)
-    return x
-
-
-@triton.jit
-def feature_slope(x, SILU: tl.constexpr):
-    """Derivative of `feature` at x, float32."""
-    x = x.to(tl.float32)
-    if SILU:
-        y = sigmoid(x)
-        return y * (1.0 + x * (1.0 - y))
-    else:
-        return tl.full(x.shape, 1.0, tl.float32)
-
-
-@triton.jit
 def chunk_span(table, chunk, T, chunks_per_row, C: tl.constexpr, PACKED: tl.constexpr):
     """(batch row, its first token, number of tokens) of a chunk; table [n,2]: first token and count, when packed."""
     if PACKED:
@@ -86,12 +68,24 @@ def chunk_span(table, chunk, T, chunks_per_row, C: tl.constexpr, PACKED: tl.cons
 
 
 @triton.jit
+def row_token(C: tl.constexpr, GB: tl.constexpr):
+    """[R]: token of each row of a tile."""
+    r = tl.arange(0, C * GB)
+    return r // (8 * GB) * 8 + r % 8
+
+
+@triton.jit
+def row_head(C: tl.constexpr, GB: tl.constexpr):
+    """[R]: query head of each row of a tile, from 0."""
+    return tl.arange(0, C * GB) // 8 % GB
+
+
+@triton.jit
 def load_rows(x, first, stride_t, stride_h, count, heads, C: tl.constexpr, GB: tl.constexpr, D: tl.constexpr,
               BD: tl.constexpr):  # fmt: skip
     """[C*GB,BD] tile of GB neighbouring heads of C tokens from x + first, zero outside count, heads and D."""
-    r = tl.arange(0, C * GB)
     d = tl.arange(0, BD)
-    t, g = r // GB, r % GB
+    t, g = row_token(C, GB), row_head(C, GB)
     mask = ((t < count) & (g < heads))[:, None] & (d < D)[None, :]
     at = (t * stride_t + g * stride_h)[:, None] + d[None, :]
     return tl.load(x + first + at, mask=mask, other=0.0)
@@ -101,12 +95,21 @@ def load_rows(x, first, stride_t, stride_h, count, heads, C: tl.constexpr, GB: t
 def store_rows(x, value, first, stride_t, stride_h, count, heads, C: tl.constexpr, GB: tl.constexpr, D: tl.constexpr,
                BD: tl.constexpr):  # fmt: skip
     """The counterpart of `load_rows`."""
-    r = tl.arange(0, C * GB)
     d = tl.arange(0, BD)
-    t, g = r // GB, r % GB
+    t, g = row_token(C, GB), row_head(C, GB)
     mask = ((t < count) & (g < heads))[:, None] & (d < D)[None, :]
     at = (t * stride_t + g * stride_h)[:, None] + d[None, :]
     tl.store(x + first + at, value.to(x.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def add_rows(x, value, first, stride_t, count, again, C: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+    """x += value [C,BD] for one head of C tokens; x = value unless `again`."""
+    t, d = tl.arange(0, C), tl.arange(0, BD)
+    mask = (t < count)[:, None] & (d < D)[None, :]
+    at = x + first + ((t * stride_t)[:, None] + d[None, :])
+    value += tl.load(at, mask=mask & again, other=0.0).to(tl.float32)
+    tl.store(at, value.to(x.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -117,11 +120,13 @@ def load_state(states, first, row0, D: tl.constexpr, BD: tl.constexpr, M: tl.con
 
 
 @triton.jit
-def store_state(states, value, first, row0, D: tl.constexpr, BD: tl.constexpr, M: tl.constexpr):
-    """The counterpart of `load_state`."""
+def add_state(states, value, first, row0, again, D: tl.constexpr, BD: tl.constexpr, M: tl.constexpr):
+    """Block of a chunk's state += value [BD,M]; = value unless `again`."""
     d, m = tl.arange(0, BD), tl.arange(0, M)
+    mask = (d < D)[:, None] & (m >= 0)[None, :]
     at = states + (first + row0 * M) + (d[:, None] * M + m[None, :])
-    tl.store(at, value.to(states.dtype.element_ty), mask=(d < D)[:, None])
+    value += tl.load(at, mask=mask & again, other=0.0).to(tl.float32)
+    tl.store(at, value.to(states.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -185,10 +190,28 @@ def is_break(log_alpha, FORM: tl.constexpr):
 @triton.jit
 def classify(log_alpha, FORM: tl.constexpr):
     """[C,M] log alpha -> (cumulative log decay L, class label), float32."""
-    broken = is_break(log_alpha, FORM)
+    # the chunk's first token breaks nothing, so that labels stay under C
+    broken = is_break(log_alpha, FORM) & (tl.arange(0, log_alpha.shape[0]) > 0)[:, None]
     soft = tl.cumsum(tl.where(broken, 0.0, log_alpha), axis=0)
     breaks = tl.cumsum(tl.where(broken, 1.0, 0.0), axis=0)
     return tl.cumsum(log_alpha, axis=0), breaks + tl.floor(-soft / SPAN)
+
+
+@triton.jit
+def time_sum(x, LATER: tl.constexpr, OWN: tl.constexpr, DTYPE: tl.constexpr, C: tl.constexpr):
+    """[C,M] -> sum over later (else earlier) tokens, with the token's own if OWN. A product with a triangle of ones, as
+    sums of terms of one sign keep their relative precision (a difference of two cumulative sums would not) and scans in
+    reverse are slow. For bfloat16 inputs x is split into two terms, which keeps 16 bits."""
+    t, i = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    taken = (i > t) if LATER else (i < t)
+    if OWN:
+        taken = taken | (i == t)
+    ones = tl.where(taken, 1.0, 0.0).to(DTYPE)
+    high = x.to(DTYPE)
+    total = tl.dot(ones, high, input_precision="ieee")
+    if DTYPE == tl.bfloat16:
+        total = tl.dot(ones, (x - high.to(tl.float32)).to(DTYPE), total)
+    return total
 
 
 @triton.jit
@@ -199,10 +222,13 @@ def load_tile(x, pid, C: tl.constexpr, M: tl.constexpr):
 
 
 @triton.jit
-def store_tile(x, value, pid, C: tl.constexpr, M: tl.constexpr):
-    """The counterpart of `load_tile`."""
-    at = (tl.arange(0, C) * M)[:, None] + tl.arange(0, M)[None, :]
-    tl.store(x + pid.to(tl.int64) * (C * M) + at, value.to(x.dtype.element_ty))
+def add_tile(x, value, pid, again, C: tl.constexpr, M: tl.constexpr):
+    """[C,M] tile of scratch += value; = value unless `again`."""
+    t, m = tl.arange(0, C), tl.arange(0, M)
+    at = x + pid.to(tl.int64) * (C * M) + ((t * M)[:, None] + m[None, :])
+    mask = (t >= 0)[:, None] & (m >= 0)[None, :]
+    value += tl.load(at, mask=mask & again, other=0).to(tl.float32)
+    tl.store(at, value.to(x.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -215,13 +241,11 @@ def begins_class(label, pid, C: tl.constexpr, M: tl.constexpr):
 
 
 @triton.jit
-def factors(L, label, c):
+def factors(anchors, pid, L, label, c, C: tl.constexpr, M: tl.constexpr):
     """(row, col), each [C,M], of columns of class c: see the module's text."""
-    member = label == c
-    anchor = tl.max(tl.where(member, L, float("-inf")), axis=0)[None, :]
-    anchor = tl.where(anchor == float("-inf"), 0.0, anchor)
+    anchor = tl.load(anchors + (pid.to(tl.int64) * C + c) * M + tl.arange(0, M))[None, :]
     row = tl.where(label >= c, tl.exp(tl.minimum(L - anchor, 0.0)), 0.0)
-    col = tl.where(member, tl.exp(tl.minimum(anchor - L, SPAN)), 0.0)
+    col = tl.where(label == c, tl.exp(tl.minimum(anchor - L, SPAN)), 0.0)
     return row, col
 
 
@@ -229,7 +253,8 @@ def factors(L, label, c):
 def to_rows(x, C: tl.constexpr, GB: tl.constexpr, M: tl.constexpr):
     """[C,M] -> [C*GB,M]: every query head of a token gets its token's values."""
     if GB > 1:
-        x = tl.reshape(tl.broadcast_to(tl.expand_dims(x, 1), [C, GB, M]), [C * GB, M])
+        x = tl.reshape(x, [C // 8, 1, 8, M])
+        x = tl.reshape(tl.broadcast_to(x, [C // 8, GB, 8, M]), [C * GB, M])
     return x
 
 
@@ -237,20 +262,20 @@ def to_rows(x, C: tl.constexpr, GB: tl.constexpr, M: tl.constexpr):
 def over_heads(x, C: tl.constexpr, GB: tl.constexpr, M: tl.constexpr):
     """[C*GB,M] -> [C,M]: sum over the query heads of a token."""
     if GB > 1:
-        x = tl.sum(tl.reshape(x, [C, GB, M]), axis=1)
+        x = tl.reshape(tl.sum(tl.reshape(x, [C // 8, GB, 8, M]), axis=1), [C, M])
     return x
 
 
 @triton.jit
 def triangle(S, C: tl.constexpr, GB: tl.constexpr):
     """[R,C] -> (part strictly before the row's token, value at the row's token [R])."""
-    row, col = tl.arange(0, C * GB) // GB, tl.arange(0, C)
+    row, col = row_token(C, GB), tl.arange(0, C)
     same = row[:, None] == col[None, :]
     return tl.where(row[:, None] > col[None, :], S, 0.0), tl.sum(tl.where(same, S, 0.0), axis=1)
 
 
 @triton.jit
-def meet(x, y, state, w, L, label, last, C: tl.constexpr, GB: tl.constexpr, M: tl.constexpr,
+def meet(x, y, state, w, L, label, anchors, pid, last, C: tl.constexpr, GB: tl.constexpr, M: tl.constexpr,
          PRECISION: tl.constexpr):  # fmt: skip
     """Rows x [R,D] with what slots hold of y: sum_j e^{L_i - L_j} w_j (x_i . y_j) and the same with the chunk's first
     state [D,M].
@@ -263,19 +288,19 @@ def meet(x, y, state, w, L, label, last, C: tl.constexpr, GB: tl.constexpr, M: t
     before = tl.dot(x, state, input_precision=PRECISION) * to_rows(tl.exp(L), C, GB, M)
     within = tl.zeros([C * GB, M], tl.float32)
     for c in range(0, last + 1):
-        row, col = factors(L, label, c)
+        row, col = factors(anchors, pid, L, label, c, C, M)
         met = tl.dot(pairs, (col * w).to(x.dtype), input_precision=PRECISION)
         within += met * to_rows(row, C, GB, M)
     return pairs, own, before, within
 
 
 @triton.jit
-def spread(p, own, w, L, label, last, DTYPE: tl.constexpr, C: tl.constexpr, GB: tl.constexpr, M: tl.constexpr,
+def spread(p, own, w, L, label, anchors, pid, last, DTYPE: tl.constexpr, C: tl.constexpr, GB: tl.constexpr, M: tl.constexpr,
            PRECISION: tl.constexpr):  # fmt: skip
     """Slot weights p [R,M] -> token weights [R,C]: sum_m p_i e^{L_i - L_j} w_j for j < i, and own [R] at j = i."""
     A = tl.zeros([C * GB, C], tl.float32)
     for c in range(0, last + 1):
-        row, col = factors(L, label, c)
+        row, col = factors(anchors, pid, L, label, c, C, M)
         left = (p * to_rows(row, C, GB, M)).to(DTYPE)
         A = tl.dot(left, tl.trans((col * w).to(DTYPE)), A, input_precision=PRECISION)
     return with_own(A, own, C, GB)
@@ -284,7 +309,7 @@ def spread(p, own, w, L, label, last, DTYPE: tl.constexpr, C: tl.constexpr, GB: 
 @triton.jit
 def with_own(A, own, C: tl.constexpr, GB: tl.constexpr):
     """[R,C] with everything before the row's token kept, `own` [R] at it and 0 after it."""
-    row, col = tl.arange(0, C * GB) // GB, tl.arange(0, C)
+    row, col = row_token(C, GB), tl.arange(0, C)
     A = tl.where(row[:, None] > col[None, :], A, 0.0)
     return tl.where(row[:, None] == col[None, :], own[:, None], A)
 
