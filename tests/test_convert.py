@@ -145,7 +145,7 @@ def test_verify_measures_a_wrong_layer(converted, tiny_llama, tmp_path):
     config["gsa"]["scale"] = 0.2
     (out / "config.json").write_text(json.dumps(config))
     failed = [check.name for check in verify(out, str(tiny_llama)).failed]
-    assert len(failed) == 2 and all("exact start" in name for name in failed)
+    assert ["exact start" in name or "far sinks" in name for name in failed] == [True] * 3
 
 
 def test_a_conversion_that_does_not_verify_leaves_nothing(tiny_llama, tmp_path, monkeypatch):

@@ -85,7 +85,7 @@ def mixer_reading_checks(model, ids: Tensor) -> list[Check]:
         padded = torch.cat([torch.full((1, 37), -1), positions], dim=1)
         reads = {
             "in chunks": read_mixer(module, x, kwargs, positions, [0, T // 3, T // 3 + 1, T]),
-            "token by token": read_mixer(module, x, kwargs, positions, list(range(T + 1))),
+            "token by token": read_mixer(module, x, kwargs, positions, [*range(9), *range(T - 32, T + 1)]),
             "left-padded": read_mixer(module, torch.cat([x[:, :37], x], dim=1), kwargs, padded, [0, T + 37])[:, 37:],
         }
         for how, read in reads.items():
