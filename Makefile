@@ -6,6 +6,7 @@ PYTHON := $(VENV)/bin/python
 # One stamp for each checkout: an active environment may hold another checkout's t2r.
 STAMP := $(VENV)/.t2r-installed-$(shell pwd | cksum | cut -d ' ' -f 1)
 RUNS := runs
+PYTEST := pytest -n auto --maxprocesses 8
 TESTS := tests
 # The oldest transformers that is supported, in a folder of its own that comes before the environment's packages.
 OLDEST := $(VENV)/transformers-5.17.0
@@ -15,10 +16,10 @@ OLDEST := $(VENV)/transformers-5.17.0
 install: $(STAMP)
 
 test: install
-	$(PYTHON) -m pytest -n auto --maxprocesses 8 $(TESTS)
+	$(PYTHON) -m $(PYTEST) $(TESTS)
 
 test-oldest: install $(OLDEST)
-	PYTHONPATH=$(OLDEST) $(PYTHON) -m pytest -n auto --maxprocesses 8 $(TESTS)
+	PYTHONPATH=$(OLDEST) $(PYTHON) -m $(PYTEST) $(TESTS)
 
 $(OLDEST): | $(PYTHON)
 	$(PYTHON) -m pip install --target $@ transformers==5.17.0
