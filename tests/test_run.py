@@ -123,6 +123,21 @@ def test_cp_copies_what_ships_and_never_over_a_file(tmp_path, capsys):
     assert "cannot write: No such file or directory" in refused(capsys, "cp", "quick", tmp_path / "none" / "x.yaml")
 
 
+@pytest.mark.parametrize("name", sorted(set(shipped("configs")) - {"quickstart"}))
+def test_every_shipped_config_runs_on_a_small_model(name, config, tiny_llama, tmp_path):
+    """Two steps of each stage, all options but the sizes as they are shipped. tests/test_readme.py runs quickstart."""
+    text, settings = config.parent / "text.jsonl", load(name, RunConfig)
+    words = [f"source={tiny_llama}", "convert.slots=16", "convert.verify=false", "device=cpu", "compare=null"]
+    words += [f"data.train=[{text}]", f"data.cache={tmp_path}/cache"]
+    words += ["data.held_out=0.2" if settings.data.held_out else f"data.validation=[{text}]"]
+    small = {"tokens": 128, "context": 32, "batch_tokens": 64, "micro_batch": 2, "warmup_tokens": 64, "save_every": 1}
+    for i in range(len(settings.stages)):
+        words += [f"stages.{i}.{key}={value}" for key, value in (small | {"validation_tokens": 64}).items()]
+    assert main(["run", name, *words, "--out", str(tmp_path / "run")]) == 0
+    lines = (tmp_path / "run" / f"{len(settings.stages)}-{settings.stages[-1].kind}" / "metrics.jsonl").read_text()
+    assert [json.loads(line)["step"] for line in lines.splitlines()] == [0, 1, 2, 2]
+
+
 @pytest.mark.parametrize("name", [*shipped("configs"), *shipped("recipes")])
 def test_what_ships_is_valid(name, capsys):
     assert main(["validate", name]) == 0

@@ -162,7 +162,7 @@ def initialize(module: nn.Module, groups: list[dict], config: DeepSpeedConfig, s
     settings = engine_config(config, stage, dtype, group.world, trained)
     offloaded = "offload_optimizer" in settings.get("zero_optimization", {})
     optimizer = make_optimizer(groups, stage, zero, fused=group.device.type == "cuda" and not offloaded)
-    # bfloat16 optimizers print their memory use, group by group, and collect garbage for it: what is frozen is no garbage
+    # bfloat16 optimizers print their memory use, group by group, and collect garbage first: of what is frozen, none
     gc.freeze()
     with redirect_stdout(io.StringIO()):
         engine, *_ = require_deepspeed(group.device.type).initialize(model=module, optimizer=optimizer, config=settings)

@@ -1,0 +1,116 @@
+"""Costs: parameters and operations against the models themselves, memory by what must change it, the command."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig
+
+from t2r.cli import main
+from t2r.config import shipped
+from t2r.plan import empty_student, plan
+from t2r.schema import load_run
+from t2r.train.cost import gsa_flops, hardware_of, softmax_flops, training_flops
+from t2r.train.parameters import parameter_groups
+from t2r.train.stages import STAGES, Batch
+
+SIZES = {
+    "vocab_size": 96, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 6,
+    "num_key_value_heads": 2, "head_dim": 16,
+}  # fmt: skip
+STAGE = "tokens: 1000000, context: 64, batch_tokens: 1024, micro_batch: 4"
+
+
+@pytest.fixture
+def mistral(tmp_path):
+    """The config of Mistral 7B, which is transformers' default, without weights."""
+    MistralConfig().save_pretrained(tmp_path / "mistral")
+    return f"source={tmp_path}/mistral"
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    LlamaConfig(**SIZES).save_pretrained(tmp_path / "tiny")
+    rates = "{gates: 1e-3, mixer: 1e-3, body: 1e-3}"
+    stages = [f"{{kind: {kind}, {STAGE}, lr: {rates}}}" for kind in ("distill", "lm")]
+    stages.append(f"{{kind: align, {STAGE}, lr: {{gates: 1e-3, mixer: 1e-3}}}}")
+    text = f"source: {tmp_path}/tiny\ndata: {{train: [x]}}\nstages: [{', '.join(stages)}]\n"
+    (tmp_path / "c.yaml").write_text(text)
+    return tmp_path / "c.yaml"
+
+
+def test_the_paper_s_model_has_the_paper_s_parameters(mistral):
+    report = plan("mistral-7b-paper-20b", [mistral], gpus=64)
+    assert (report.parameters, report.new) == (7_308_972_032, 67_239_936)
+    (stage,) = report.stages
+    assert stage.trained == report.parameters and stage.stage.steps == 9537
+    hours = 6 * 7.18e9 * 20e9 / (0.3 * 989e12) / 3600 * 4 / 3  # 6 N D, a third more for recomputed layers
+    assert 64 * stage.hours == pytest.approx(hours, rel=0.03)
+
+
+@pytest.mark.parametrize("kind, index", [("distill", 0), ("lm", 1), ("align", 2)])
+def test_operations_are_those_that_torch_counts(tiny, kind, index):
+    """Matrix products of a step, the recurrence left out of both: torch sees how it is chunked, not what it is."""
+    settings = load_run(tiny)
+    stage = settings.stages[index]
+    with torch.device("meta"):
+        teacher = LlamaForCausalLM(LlamaConfig(**SIZES, attn_implementation="eager"))
+    student = empty_student(settings).to_empty(device="cpu")
+    teacher = teacher.to_empty(device="cpu").requires_grad_(False)
+    for p in [*student.parameters(), *teacher.parameters()]:
+        torch.nn.init.normal_(p, std=0.02)
+    parameter_groups(student, stage)
+    ids = torch.randint(3, 96, (4, 64))
+    cu_seqlens = torch.arange(0, 257, 64)
+    batch = Batch(ids, ids, torch.arange(64).expand(4, 64), cu_seqlens, torch.tensor(256.0))
+    student.lm_head.weight.ds_id = 0  # torch cannot count what runs an autograd of its own: chunks are recomputed
+    recomputed = {"lm": 2, "distill": 4, "align": 0}[kind] * student.lm_head.weight.numel()
+    with FlopCounterMode(display=False) as counter:
+        STAGES[kind](stage).loss(student, teacher, batch)[0].backward()
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(n for op, n in counts.items() if "bmm" not in str(op))
+    mixers = [m for m in student.modules() if hasattr(m, "f_proj")]
+    flops = training_flops(student, stage)
+    attention = 0 if kind == "lm" else 2 * softmax_flops(student.config, 64)
+    ours = 256 * (flops.total + recomputed - 3 * sum(map(gsa_flops, mixers)) - attention)
+    assert ours == pytest.approx(products, rel=0.02)
+
+
+def test_what_is_split_off_takes_less_memory(mistral):
+    def memory(*words, gpus=8, stage=1):
+        return plan("mistral-7b-exact-700m", [mistral, *words], gpus=gpus).stages[stage].memory
+
+    whole = memory("deepspeed.zero=1", "deepspeed.teacher=whole")
+    assert whole["optimizer"] == pytest.approx(12 * 7_308_873_728 / 8)
+    assert memory("deepspeed.zero=2")["gradients"] == pytest.approx(whole["gradients"] / 8)
+    assert memory()["weights"] == pytest.approx(whole["weights"] / 8)
+    assert memory()["teacher"] == pytest.approx(whole["teacher"] / 8)
+    assert memory("deepspeed.offload=all")["weights"] == memory("deepspeed.offload=all")["optimizer"] == 0
+    more = memory("stages.1.activation_checkpointing=false")
+    assert more["activations"] > 5 * memory()["activations"]
+
+
+def test_a_stage_that_does_not_fit_is_named_with_what_may_help(mistral, capsys):
+    words = ["plan", "mistral-7b-exact-700m", mistral, "deepspeed.zero=1", "--gpu", "rtx4090", "--gpus", "8"]
+    assert main(words) == 1
+    out = capsys.readouterr().out
+    assert "DOES NOT FIT" in out and "try     deepspeed.zero=3" in out
+    assert main(["plan", "mistral-7b-lora-24gb", mistral, "--gpu", "rtx4090"]) == 0
+    assert "80,773,120 trained" in capsys.readouterr().out
+    assert main(["plan", "mistral-7b-lora-24gb", mistral, "--gpu", "rtx409"]) == 2
+    assert "unknown GPU 'rtx409'; nearest valid: rtx4090" in capsys.readouterr().err
+    assert main(["plan", "mistral-7b-paper-20b", mistral, "--gpus", "7"]) == 2
+    assert "no multiple of micro_batch x context x 7 GPUs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [name for name in shipped("configs") if name.startswith("mistral")])
+def test_shipped_configs_fit_what_they_say(name, mistral):
+    gpus, gpu = {"mistral-7b-paper-20b": (64, "h100"), "mistral-7b-lora-24gb": (1, "rtx4090")}.get(name, (8, "h100"))
+    assert plan(name, [mistral], gpu, gpus).passed
+
+
+def test_gpus_are_known_by_the_name_that_cuda_gives_them():
+    assert hardware_of("NVIDIA H100 80GB HBM3").flops == 989e12
+    assert hardware_of("NVIDIA A100-SXM4-80GB").memory == 80e9
+    assert hardware_of("NVIDIA A100-SXM4-40GB").memory == 40e9
+    assert hardware_of("NVIDIA L40S").memory == 48e9 and hardware_of("NVIDIA L4").memory == 24e9
+    assert hardware_of("Some other GPU") is None
