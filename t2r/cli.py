@@ -125,6 +125,18 @@ def _finetune(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="YAML file, or the name of a shipped one")
+    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="for example deepspeed.zero=3")
+    parser.add_argument(
+        "--gpu", default="h100", metavar="NAME", help="h100, h200, a100-80, rtx4090 ... (default: h100)"
+    )
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="of all machines (default: 1)")
+    parser.add_argument(
+        "--mfu", type=float, default=0.3, metavar="F", help="share of their peak reached (default: 0.3)"
+    )
+
+
 def _prepare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="YAML file, or the name of a shipped one")
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="for example data.cache=/data/tokens")
@@ -202,6 +214,14 @@ VERBS = {
         "t2r finetune --config quickstart stages.0.tokens=20000 --out runs/mine",
         _finetune,
         "t2r.train.finetune:finetune",
+    ),
+    "plan": Verb(
+        "work out what the training of a configuration costs",
+        "Prints the parameters, the memory of a GPU, the time of a step and the GPU hours of each stage on given "
+        "hardware, from the source's config alone. Exits with 1 where a stage does not fit.",
+        "t2r plan mistral-7b-exact-700m --gpu h100 --gpus 8",
+        _plan,
+        "t2r.plan:plan",
     ),
     "prepare": Verb(
         "tokenise the data of a configuration before a run does",

@@ -76,6 +76,7 @@ def test_the_arguments_of_a_verb_fit_its_target(name):
         "export": ["folder", "out"],
         "compare": ["original", "converted"],
         "finetune": ["--config", "x", "a=1", "--out", "out"],
+        "plan": ["x", "a=1", "--gpu", "h200", "--gpus", "8"],
         "prepare": ["x", "a=1"],
         "run": ["x", "a=1"],
         "ls": [],
