@@ -85,6 +85,12 @@ def _push(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="list what would be uploaded, upload nothing")
 
 
+def _export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="FOLDER", help="folder that `t2r convert` wrote")
+    parser.add_argument("out", metavar="OUT", help="folder to write; it must not exist")
+    parser.add_argument("--to", default="fla", help="flash-linear-attention, the only one so far", **one_of("fla"))
+
+
 def _compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "models", nargs="+", metavar="MODEL", help="the original, then converted ones: folder, GGUF file, LABEL=PATH"
@@ -190,6 +196,14 @@ VERBS = {
         "t2r push smollm2-gsa my-name/smollm2-gsa --dry-run",
         _push,
         "t2r.publish:push",
+    ),
+    "export": Verb(
+        "write a converted model as another project's checkpoint",
+        "Writes a model of the preset `paper` as a GSAForCausalLM of flash-linear-attention (fla): the same weights "
+        "under its names. `t2r convert` reads such a folder back. Models that fla cannot express are refused.",
+        "t2r export smollm2-paper smollm2-fla --to fla",
+        _export,
+        "t2r.convert.fla:export",
     ),
     "compare": Verb(
         "measure what a conversion changed",

@@ -244,7 +244,7 @@ def test_a_killed_conversion_goes_on(tiny_llama, tmp_path, capfd, monkeypatch):
     added, real = [], writer.FolderWriter.add_piece
     monkeypatch.setattr(writer.FolderWriter, "add_piece", lambda *args: (added.append(args[1]), real(*args)))
     capfd.readouterr()
-    convert(str(tiny_llama), str(out), shard_size=60_000)
+    convert(str(tiny_llama), str(out), verify=False, shard_size=60_000)
     total = len(json.loads((out / "conversion.json").read_text())["tensors"])
     assert f"a killed run has written 11 of {total} tensors" in capfd.readouterr().out
     assert len(added) == len(set(added)) == total - 11

@@ -47,7 +47,7 @@ def convert(
     A run that was killed is continued by the same command. Raises UserError for whatever the user can mend; `out` then
     does not exist.
     """
-    from t2r.convert.plan import make_plan
+    from t2r.convert.plan import import_plan, make_plan
     from t2r.convert.source import open_source
     from t2r.convert.verify import verify as verify_folder
     from t2r.convert.writer import SHARD_SIZE, FolderWriter, available_ram, check_absent, preflight
@@ -58,7 +58,12 @@ def convert(
         check_absent(out)
     opened = open_source(source)
     check_config(opened)
-    plan = make_plan(opened, preset, slots, sinks, dtype, long_slots, layer_slots, keep_softmax)
+    if opened.is_foreign:
+        if slots or sinks or long_slots or layer_slots or keep_softmax:
+            raise UserError("this model has its slots already: only its dtype can be chosen", where=opened.path)
+        plan = import_plan(opened, dtype)
+    else:
+        plan = make_plan(opened, preset, slots, sinks, dtype, long_slots, layer_slots, keep_softmax)
     print(plan, flush=True)
     if dry_run:
         return

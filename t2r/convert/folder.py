@@ -39,8 +39,15 @@ class FolderSource(Source):
         if not (path / "config.json").exists():
             files = sorted(p.name for p in path.glob("*.gguf"))
             raise UserError("no config.json", where=path, nearest=path / files[0] if files else None)
-        self.config = load_config(path)
-        stored = self._scan()
+        raw, name_of = read_json(path / "config.json"), str
+        self.is_foreign = raw.get("model_type") == "gsa"
+        if self.is_foreign:
+            from t2r.convert import fla
+
+            self.config, name_of = fla.read_config(raw, path / "config.json"), fla.ours
+        else:
+            self.config = load_config(path)
+        stored = {name_of(key): tensor for key, tensor in self._scan().items()}
         # A base model, saved without its head, leaves out the prefix under which the causal model holds it.
         prefix = "model." if "embed_tokens.weight" in stored else ""
         for key, tensor in stored.items():

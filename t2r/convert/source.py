@@ -132,10 +132,13 @@ class Source:
     spec: what the user wrote; path: the folder or file on disk
     config: the transformers config of the model
     is_quantised: True when tensors are dequantised on reading (GGUF)
+    is_foreign: True when it has Gated Slot Attention already, in another project's format; `config` and `names()` are
+        then those of the same model in t2r
     ignored: stored tensors that carry no weight, each with the reason; they are not in `names()`
     """
 
     is_quantised = False
+    is_foreign = False
 
     def __init__(self, spec: str, path: Path) -> None:
         self.spec = spec

@@ -81,7 +81,8 @@ def verify(model: str | Path, source: str, by_layer: bool | None = None) -> Repo
     Raises UserError when one of them cannot be read, or they are not of one family.
     """
     opened, converted = open_source(source), open_source(model)
-    gsa_type = family_of(opened.config.model_type, where=opened.path).gsa_model_type
+    kind = opened.config.model_type
+    gsa_type = kind if opened.is_foreign else family_of(kind, where=opened.path).gsa_model_type
     if converted.config.model_type != gsa_type:
         raise UserError(
             f"a {converted.config.model_type} model cannot come from a {opened.config.model_type} model", where=model
@@ -96,7 +97,7 @@ def verify(model: str | Path, source: str, by_layer: bool | None = None) -> Repo
     layers = GSAConfig.of(converted.config).gsa_layers(converted.config)
     longest = max(gsa.slots for gsa in layers.values())
     ids = text_tokens(opened.load_tokenizer(), 3 * longest, trained_context(opened.config))
-    check = check_by_layer if by_layer else check_whole
+    check = check_reading if opened.is_foreign else check_by_layer if by_layer else check_whole
     with torch.inference_mode():
         report.checks += check(opened, converted, ids, layers)
     return report
@@ -119,6 +120,11 @@ def check_whole(opened: Source, converted: Source, ids: Tensor, layers: dict[int
             parameter.copy_(clock_alone(name, parameter))
         checks += exact_start_checks(student, teacher, ids, logits) + far_sink_checks(student, teacher, ids)
     return checks
+
+
+def check_reading(opened: Source, converted: Source, ids: Tensor, layers: dict[int, GSAConfig]) -> list[Check]:
+    """What can be asked of a model whose source has Gated Slot Attention too, in a project that need not be here."""
+    return reading_checks(load_gsa(converted), ids)
 
 
 def check_by_layer(opened: Source, converted: Source, ids: Tensor, layers: dict[int, GSAConfig]) -> list[Check]:
