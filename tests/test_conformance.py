@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Gemma3TextConfig, pipeline
 
 from t2r.cli import main
+from t2r.evaluate.efficiency import cache_bytes, state_bytes
 from t2r.modeling.attention import GSAttention
 from t2r.modeling.cache import SlotCacheLayer
 from t2r.modeling.configuration import GSAConfig
@@ -153,8 +154,8 @@ def test_reading_in_parts(model):
         same(torch.cat(parts, dim=1), whole)
     memories = [layer for layer in cache.layers if isinstance(layer, SlotCacheLayer)]
     assert len(memories) == len(model.model.gsa_layers)
-    state_bytes = GSAConfig.of(model.config).state_bytes(model.config)
-    assert sum(layer.nbytes for layer in memories) == 2 * state_bytes
+    assert sum(layer.nbytes for layer in memories) == 2 * GSAConfig.of(model.config).state_bytes(model.config)
+    assert cache_bytes(cache) == 2 * state_bytes(model.config, 100, itemsize=4)
 
 
 GENERATION = {
@@ -227,7 +228,7 @@ def test_activation_checkpointing_changes_no_gradient(model):
 @BOTH
 @torch.no_grad()
 def test_torch_compile(model):
-    ids = tokens(2, 70)
+    ids = tokens(2, 150)  # far enough for far sinks
     want = model(ids, use_cache=False).logits
     torch._dynamo.reset()
     same(torch.compile(model, backend="aot_eager")(ids, use_cache=False).logits, want)
@@ -265,6 +266,16 @@ def test_pipeline(folder, model):
         inputs = tokenizer(text, return_tensors="pt")
         alone = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs.input_ids.shape[1] :]
         assert answer[0]["generated_text"] == tokenizer.decode(alone, skip_special_tokens=True)
+
+
+@BOTH
+def test_generate_says_what_grows(folder, model, capsys):
+    assert main(["generate", str(folder), "Agnes", "--max-new-tokens", "9"]) == 0
+    said = capsys.readouterr().err
+    state = GSAConfig.of(model.config).state_bytes(model.config)
+    pure = len(model.model.gsa_layers) == len(model.model.layers)
+    assert (f"; {state:,} bytes of state, the same at any length" in said) == pure
+    assert ("bytes of cache, growing with the text" in said) != pure
 
 
 def test_a_hybrid_trains(hybrid_folder, gemma):
