@@ -90,7 +90,7 @@ class Adapter(TemplateLM):
             prompts = [encode(self.tokenizer, requests[i].args[0])[-(self.max_length - new) :] for i in group]
             sampling = {"do_sample": True, **options} if options else {}
             written = continue_texts(self.model, self.tokenizer, prompts, new, stops, self.batch_size, **sampling)
-            texts.update(zip(group, written, strict=True))
+            texts.update(zip(group, (one.text for one in written), strict=True))
         return [texts[i] for i in range(len(requests))]
 
     def cut(self, ids: list[int], start: int) -> Passage:
@@ -99,7 +99,7 @@ class Adapter(TemplateLM):
         return Passage(ids[drop:], max(1, start - drop))
 
     def scores(self, passages: list[Passage]) -> list[tuple[float, bool]]:
-        return [(-loss, greedy) for loss, greedy in score(self.model, passages, self.batch_size)]
+        return [(-s.loss, s.greedy) for s in score(self.model, passages, self.batch_size)]
 
 
 @cache

@@ -48,7 +48,7 @@ class Entry:
         write, keep = CLOCK[gsa["gate"]]
         start = {"f_proj.weight": 0.0, "write": write, "keep": keep}
         for name in self.source.names():
-            value = start.get(".".join(name.split(".self_attn.")[1:]))
+            value = next((v for key, v in start.items() if name.endswith(f".{key}")), None)
             if value is not None and bool((self.source.tensor(name) != value).any()):
                 return True
         return False

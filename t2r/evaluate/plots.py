@@ -50,11 +50,12 @@ def plot(results, task: Task, folder: Path) -> str:
             xs, values, yerr=errors, label=label, color=colour, marker=marker, linestyle=dashes,
             markersize=6, linewidth=1.8, elinewidth=1, capsize=3,
         )  # fmt: skip
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(FixedLocator(sorted(ticks)))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: tokens(x)))
-    if unit != "share" and max(heights) > 20 * min(heights):
+    if spec.log:
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_locator(FixedLocator(sorted(ticks)))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: tokens(x)))
+    if unit != "share" and max(heights) > 20 * min(heights) > 0:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))
     if unit == "share":

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from typing import ClassVar, NamedTuple
@@ -89,7 +90,10 @@ class Recall(Task):
     def stream(self, tokenizer, place: Place, facts: list[Fact]) -> list[int]:
         """All tokens of the text: its stretches, and what is read after the last fact."""
         end = tokenizer.encode(".\n", add_special_tokens=False)
-        filler, tokens = self.filler(tokenizer, place), tokenizer.encode("")  # what this tokenizer begins a text with
+        filler, tokens = (
+            real_text(tokenizer, self.data, self.field, place),
+            tokenizer.encode(""),
+        )  # what this tokenizer begins a text with
         for number, fact in enumerate(facts, start=1):
             stated = [*fact.question, *fact.answer, *end]
             room = number * self.every - len(tokens) - len(stated)
@@ -101,22 +105,7 @@ class Recall(Task):
         return tokens
 
     def facts(self, tokenizer, count: int) -> list[Fact]:
-        rng = random.Random(self.seed)
-        facts = []
-        for name in rng.sample(NAMES, count):
-            value = str(rng.randint(1000, 9999))
-            question = tokenizer.encode(FACT.format(name), add_special_tokens=False)
-            whole = tokenizer.encode(f"{FACT.format(name)} {value}", add_special_tokens=False)
-            facts.append(Fact(name, value, question, whole[len(question) :]))
-        return facts
-
-    def filler(self, tokenizer, place: Place):
-        """Tokens of the data's documents, the last document first: perplexity begins with the first."""
-        path = locate(self.data, place)
-        texts = [take(row, self.field, path) for row in rows(path)]
-        for text in reversed(texts):
-            yield from tokenizer.encode(" ".join(text.split()), add_special_tokens=False)
-        raise UserError("not enough text between the facts", where=path, nearest="fewer items")
+        return make_facts(tokenizer, count, random.Random(self.seed))
 
     @torch.inference_mode()
     def run(self, model, items: list[Stop]) -> Outcome:
@@ -133,6 +122,26 @@ class Recall(Task):
             hits = [record["hit"] for record in records if record["distance"] == distance]
             metrics.append(share(f"at {distance} tokens", hits, x=distance))
         return Outcome(metrics, records)
+
+
+def make_facts(tokenizer, count: int, rng: random.Random) -> list[Fact]:
+    """Facts about so many different names."""
+    facts = []
+    for name in rng.sample(NAMES, count):
+        value = str(rng.randint(1000, 9999))
+        question = tokenizer.encode(FACT.format(name), add_special_tokens=False)
+        whole = tokenizer.encode(f"{FACT.format(name)} {value}", add_special_tokens=False)
+        facts.append(Fact(name, value, question, whole[len(question) :]))
+    return facts
+
+
+def real_text(tokenizer, data: str, field: str, place: Place) -> Iterator[int]:
+    """Tokens of the data's documents, the last document first: perplexity begins with the first."""
+    path = locate(data, place)
+    texts = [take(row, field, path) for row in rows(path)]
+    for text in reversed(texts):
+        yield from tokenizer.encode(" ".join(text.split()), add_special_tokens=False)
+    raise UserError("not enough text between the facts", where=path, nearest="fewer items")
 
 
 def answers(model, cache, asks: list[tuple[int, Fact]]) -> list[tuple[float, bool]]:

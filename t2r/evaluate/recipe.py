@@ -7,12 +7,17 @@ from typing import Any
 
 from t2r import config
 from t2r.errors import UserError, nearest
+from t2r.evaluate.diagnostics import SlotUse
 from t2r.evaluate.efficiency import Generation, Memory, Speed
+from t2r.evaluate.fidelity import Fidelity, Layers
 from t2r.evaluate.harness import Harness
+from t2r.evaluate.instruct import TemplateFollowing
 from t2r.evaluate.likelihood import LastWord, MultipleChoice
 from t2r.evaluate.perplexity import Perplexity
+from t2r.evaluate.probes import Copying, Needle, Pairs
 from t2r.evaluate.recall import Recall
 from t2r.evaluate.task import MissingData, Place, Task
+from t2r.evaluate.throughput import Throughput
 
 KINDS: dict[str, type[Task]] = {
     "perplexity": Perplexity,
@@ -20,9 +25,17 @@ KINDS: dict[str, type[Task]] = {
     "multiple_choice": MultipleChoice,
     "harness": Harness,
     "recall": Recall,
+    "needle": Needle,
+    "pairs": Pairs,
+    "copying": Copying,
+    "fidelity": Fidelity,
+    "layers": Layers,
+    "slot_use": SlotUse,
+    "template": TemplateFollowing,
     "generation": Generation,
     "memory": Memory,
     "speed": Speed,
+    "throughput": Throughput,
 }
 
 

@@ -1,6 +1,7 @@
 """A report as text: report.md, and the table for the terminal."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def markdown(results: Results, images: dict[str, str]) -> str:
         if task.name in images:
             parts.insert(-1, f"![{task.plot.title}]({images[task.name]})")
         for label, text in texts(results, task):
-            parts.append(f"{label}:\n\n" + "\n".join(f"> {line}".rstrip() for line in text.splitlines()))
+            parts.append(f"{label}:\n\n```text\n{text}\n```")
     return "\n\n".join(parts) + "\n"
 
 
@@ -156,12 +157,14 @@ def human_bytes(value: float) -> str:
 
 
 def summary(results: Results) -> str:
-    """The table for the terminal: every number of every model, recovery, warnings."""
+    """The table for the terminal: every number of every model but those of single layers, recovery, warnings."""
     labels = list(results.models)
     rows = [["", *labels]]
     for task in results.tasks:
         rows += [
-            [f"{task.name} {name}", *(cell(row.get(label)) for label in labels)] for name, row in results.metrics(task)
+            [f"{task.name} {name}", *(cell(row.get(label)) for label in labels)]
+            for name, row in results.metrics(task)
+            if not re.fullmatch(r"layer \d+", name)
         ]
     if results.recoveries():
         head, kept = recovery_table(results)

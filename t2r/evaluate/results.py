@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from t2r import __version__
+from t2r.evaluate.perplexity import Perplexity
 from t2r.evaluate.run import ABLATION, ORIGINAL, Plan, from_json
 from t2r.evaluate.statistics import Metric, paired, recovery
 from t2r.evaluate.task import Outcome, Task
@@ -66,12 +67,27 @@ class Results:
         return found
 
     def warnings(self) -> list[str]:
-        return [
-            f"{label}: {warning}"
-            for row in self.outcomes.values()
-            for label, o in row.items()
-            for warning in o.warnings
-        ]
+        outcomes = [pair for row in self.outcomes.values() for pair in row.items()]
+        found = [f"{label}: {warning}" for label, outcome in outcomes for warning in outcome.warnings]
+        return found + list(self.idle_memories())
+
+    def idle_memories(self) -> Iterator[str]:
+        """What the window ablations say: a memory whose loss makes no perplexity worse has learned nothing."""
+        labels = list(self.models)
+        for label in labels:
+            if self.models[label]["what"] != ABLATION:
+                continue
+            whole = labels[labels.index(label) - 1]
+            for task in self.tasks:
+                rows = [(name, row) for name, row in self.metrics(task) if whole in row and label in row]
+                if not isinstance(task, Perplexity) or not rows:
+                    continue
+                name, row = rows[-1]
+                change = paired(row[whole], row[label])
+                if change["low"] is None or change["low"] <= 1:
+                    bounds = "" if change["low"] is None else f" [{change['low']:.3f}, {change['high']:.3f}]"
+                    what = f"without it {task.name} {name} changes by a factor of {change['ratio']:.3f}{bounds}"
+                    yield f"{whole}: the memory adds nothing over the window: {what}"
 
     def to_dict(self) -> dict:
         """What report.json holds."""
@@ -116,7 +132,7 @@ def collect(plan: Plan, devices: Sequence[torch.device]) -> Results:
         facts["notes"].append(f"The original's weights were rounded to {rounded}, which its conversion is stored in.")
     results = Results(facts, recipe.tasks)
     for column in plan.columns:
-        contents = {task.name: json.loads(plan.unit(column, task).read_text("utf-8")) for task in column.tasks(recipe)}
+        contents = {task.name: json.loads(plan.unit(column, task).read_text("utf-8")) for task in plan.tasks(column)}
         if not contents:
             continue
         costs = [content["cost"] for content in contents.values()]

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from t2r.errors import UserError
 from t2r.evaluate.models import Entry, common_tokenizer, load, open_models, pick_dtype, window_only
-from t2r.evaluate.recipe import Recipe, load_recipe
+from t2r.evaluate.recipe import load_recipe
 from t2r.evaluate.statistics import Metric
 from t2r.evaluate.task import Outcome, Place, Task, check_data
 
@@ -33,12 +33,6 @@ class Column:
     label: str
     what: str
     entry: Entry
-
-    def tasks(self, recipe: Recipe) -> list[Task]:
-        """The tasks that say something about it: an ablation is not asked what does not depend on the weights' values,
-        and the original is not compared with itself."""
-        chosen = [task for task in recipe.tasks if task.quality or self.what != ABLATION]
-        return [task for task in chosen if not (task.against_original and self.what == ORIGINAL)]
 
 
 @dataclass(frozen=True)
@@ -78,6 +72,14 @@ class Plan:
         self.aside = self.out.with_name(f".{self.out.name}.partial")
         self.folder = self.aside / "units"
 
+    def tasks(self, column: Column) -> list[Task]:
+        """The tasks that say something about a column: an ablation is not asked what does not depend on the weights'
+        values, the first model is not compared with itself, and not every task is for originals."""
+        chosen = [task for task in self.recipe.tasks if task.quality or column.what != ABLATION]
+        if column.what == ORIGINAL:
+            chosen = [task for task in chosen if not task.converted_only]
+        return [task for task in chosen if not (task.against_original and column is self.columns[0])]
+
     def unit(self, column: Column, task: Task) -> Path:
         """The file of a finished unit, named after everything that its numbers depend on but the device."""
         parts = [asdict(task) | {"batch_size": None}, self.digests[task.name], column.what, str(self.dtype)]
@@ -88,7 +90,7 @@ class Plan:
         return self.folder / f"{task.name}-{key}.json"
 
     def units(self) -> list[tuple[Column, Task, Path]]:
-        return [(c, task, self.unit(c, task)) for c in self.columns for task in c.tasks(self.recipe)]
+        return [(c, task, self.unit(c, task)) for c in self.columns for task in self.tasks(c)]
 
 
 def columns(entries: list[Entry], ablation: bool) -> list[Column]:
@@ -107,7 +109,7 @@ def work(plan: Plan, device: torch.device) -> None:
     reference = None
     compares = any(task.against_original for task in plan.recipe.tasks)
     for column in plan.columns:
-        units = [(task, plan.unit(column, task)) for task in column.tasks(plan.recipe)]
+        units = [(task, plan.unit(column, task)) for task in plan.tasks(column)]
         model = None
         bar = tqdm([unit for unit in units if not unit[1].exists()], column.label, disable=not sys.stderr.isatty())
         for task, file in bar:

@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from t2r.errors import UserError
-from t2r.evaluate.perplexity import losses
 
+ROWS = 256  # rows of logits that are turned into float32 losses at once
 AUTO = {"cuda": 128, "cpu": 8}  # where a batch size of `auto` begins
 
 
@@ -19,10 +20,22 @@ class Passage(NamedTuple):
 
 
 class Score(NamedTuple):
-    """loss: -log p of the continuation, nats, summed. greedy: each of its tokens is the model's first choice."""
+    """loss: -log p of the continuation, nats, summed. right: how many of its tokens are the model's first choice;
+    greedy: whether all of them are."""
 
     loss: float
     greedy: bool
+    right: int
+
+
+def losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """-log p of each target. logits [..., V] of any dtype, targets [...] -> [...] float32, on the logits' device.
+
+    Works through a few rows at a time: the float32 copy of a long text's logits would be the largest tensor of all.
+    """
+    pieces = zip(logits.flatten(0, -2).split(ROWS), targets.flatten().split(ROWS), strict=True)
+    parts = [part.float().logsumexp(-1) - part.gather(-1, target[:, None])[:, 0].float() for part, target in pieces]
+    return torch.cat(parts).view(targets.shape)
 
 
 def encode(tokenizer, text: str) -> list[int]:
@@ -40,6 +53,13 @@ def encode_pair(tokenizer, context: str, continuation: str) -> Passage:
         first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         whole, start = ([first, *whole] if whole[0] != first else whole), 1
     return Passage(whole, start)
+
+
+class Written(NamedTuple):
+    """ended: with the end-of-text token, by itself."""
+
+    text: str
+    ended: bool
 
 
 def batches(items: Sequence, size: int | None, device: torch.device, work: Callable[[Sequence], None]) -> None:
@@ -94,14 +114,14 @@ def score_batch(model, passages: list[Passage], batch: Sequence[int]) -> Iterato
         tokens, start = passages[i]
         target = torch.tensor(tokens[start:], device=logits.device)
         own = logits[row, start - 1 - first : len(tokens) - 1 - first]
-        greedy = bool((own.argmax(-1) == target).all())
-        yield i, Score(losses(own, target).sum().item(), greedy)
+        right = int((own.argmax(-1) == target).sum())
+        yield i, Score(losses(own, target).sum().item(), right == len(target), right)
 
 
 @torch.inference_mode()
 def continue_texts(
     model, tokenizer, prompts: list[list[int]], new: int, stops: Sequence[str], batch_size: int | None, **sampling
-) -> list[str]:
+) -> list[Written]:
     """The continuation of each prompt (token ids), up to `new` tokens, the end-of-text token or the first of `stops`.
 
     Greedy without `sampling`, which are options of transformers' generate. Prompts are padded on the left and masked.
@@ -119,7 +139,7 @@ def continue_texts(
             return torch.tensor([any(stop in tail for stop in stops) for tail in tails], device=ids.device)
 
     order = longest_first([len(prompt) for prompt in prompts])
-    texts: dict[int, str] = {}
+    texts: dict[int, Written] = {}
 
     def work(batch: Sequence[int]) -> None:
         width = len(prompts[batch[0]])
@@ -134,11 +154,12 @@ def continue_texts(
             **{"do_sample": False, "temperature": None, "top_p": None, "top_k": None, **sampling},
         )[:, width:]  # fmt: skip
         for i, row in zip(batch, written.tolist(), strict=True):
-            row = row[: row.index(end)] if end in row else row
+            ended = end in row
+            row = row[: row.index(end)] if ended else row
             text = tokenizer.decode(row, skip_special_tokens=True)
             for stop in filter(None, stops):
                 text = text.partition(stop)[0]
-            texts[i] = text
+            texts[i] = Written(text, ended)
 
     batches(order, batch_size, model.device, work)
     return [texts[i] for i in range(len(prompts))]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from itertools import accumulate
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TextIO
 
 from t2r.errors import UserError, nearest
 from t2r.evaluate.statistics import Metric
@@ -23,11 +23,12 @@ class MissingData(UserError):
 
 @dataclass(frozen=True)
 class Plot:
-    """A line plot of the metrics that have an x: against tokens, on a log scale."""
+    """A line plot of the metrics that have an x: against tokens, on a log scale, or against layers."""
 
     title: str
     x: str
     y: str
+    log: bool = True
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class Task:
     noun: ClassVar[str] = "items"
     quality: ClassVar[bool] = True  # whether the weights' values matter, so that the window ablation has its own result
     against_original: ClassVar[bool] = False  # whether `run` takes the original model as a third argument
+    converted_only: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         self.coverage = ""  # how much of the data the items are, once they are prepared
@@ -130,13 +132,13 @@ def locate(data: str, place: Place) -> Path:
 
 
 def rows(path: Path) -> Iterator[dict]:
-    """The objects of a .jsonl or .jsonl.gz file; a .txt or .raw file is one {"text"}. Raises UserError."""
+    """The objects of a .jsonl, .jsonl.gz or .jsonl.zst file; a .txt or .raw file is one {"text"}. Raises UserError."""
     if path.suffix in (".txt", ".raw"):
         yield {"text": path.read_text(encoding="utf-8")}
         return
     number = 1
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
+        with open_text(path) as lines:
             for line in lines:
                 row = json.loads(line)
                 if not isinstance(row, dict):
@@ -147,6 +149,15 @@ def rows(path: Path) -> Iterator[dict]:
             raise UserError("holds no rows", where=path)
     except (OSError, EOFError, ValueError) as error:
         raise UserError(f"line {number} cannot be read: {error}", where=path) from error
+
+
+def open_text(path: Path) -> TextIO:
+    """A text file, decompressed if its name ends with .gz or .zst."""
+    if path.suffix == ".zst":
+        import zstandard
+
+        return zstandard.open(path, "rt", encoding="utf-8")
+    return (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8")
 
 
 def take(row: dict, key: str, path: Path, kind: type = str):

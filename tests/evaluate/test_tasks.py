@@ -5,15 +5,18 @@ import math
 
 import pytest
 import torch
+import zstandard
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, DynamicCache, MistralConfig
 
+from t2r.errors import UserError
 from t2r.evaluate.efficiency import cache_bytes, greedy, state_bytes
 from t2r.evaluate.likelihood import LastWord, MultipleChoice
 from t2r.evaluate.perplexity import Perplexity, token_nll
 from t2r.evaluate.recall import FACT, Recall
-from t2r.evaluate.scoring import Passage, encode_pair, score
+from t2r.evaluate.scoring import Passage, batches, encode_pair, score
 from t2r.evaluate.task import OWN_DATA, Place, rows
+from t2r.evaluate.throughput import Throughput
 
 HERE = Place()
 
@@ -233,3 +236,69 @@ def test_greedy_is_what_generate_gives(model):
     tokens, stamps = greedy(model, ids, 12, end=1)
     assert tokens == expected and stamps == sorted(stamps) and len(stamps) == len(tokens)
     assert greedy(model, ids, 12, end=tokens[2])[0] == tokens[: tokens.index(tokens[2]) + 1]
+
+
+def test_throughput_measures_each_point(model, tokenizer):
+    task = Throughput("t", contexts=[24, 40], batches=[1, 2], segment=16, new=4, repeats=1, cpu_tokens=48)
+    points = task.prepare(tokenizer, HERE)
+    assert points == [(1, 24), (1, 40), (2, 24)] and task.coverage == "3 of 4 points"
+    outcome = task.run(model, points)
+    found = {m.name: m for m in outcome.metrics}
+    for batch, context in points:
+        cache = DynamicCache(config=model.config)
+        model(torch.ones(batch, context + 3, dtype=torch.long), past_key_values=cache)
+        assert found[f"state, {batch} x {context}"].value == cache_bytes(cache)
+        for key in ("decode", "prefill", "first token"):
+            assert found[f"{key}, {batch} x {context}"].value > 0
+        assert found[f"prefill, {batch} x {context}"].value == pytest.approx(
+            batch * context / found[f"first token, {batch} x {context}"].value
+        )
+    assert not any(name.startswith("peak") for name in found)  # a CPU has none
+    assert [m.x for m in outcome.metrics if m.x] == [24, 40]
+
+
+def test_throughput_ends_where_memory_does(model, tokenizer, monkeypatch):
+    task = Throughput("t", contexts=[8, 16, 32], batches=[1, 2], new=2, repeats=1)
+    point = Throughput.point
+
+    def small(self, model, batch, context):
+        if batch * context > 16:
+            raise torch.OutOfMemoryError("no")
+        return point(self, model, batch, context)
+
+    monkeypatch.setattr(Throughput, "point", small)
+    outcome = task.run(model, task.prepare(tokenizer, HERE))
+    assert [(r["batch"], r["context"]) for r in outcome.records] == [(1, 8), (1, 16), (2, 8)]
+    assert outcome.text == "batch 1: out of memory from 32 tokens on\nbatch 2: out of memory from 16 tokens on"
+
+
+def test_auto_batches_halve_where_memory_ends():
+    device, sizes = torch.device("cpu"), []
+
+    def work(batch):
+        sizes.append(len(batch))
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError("no")
+
+    batches(list(range(11)), None, device, work)
+    assert sizes == [8, 4, 2, 2, 2, 2, 2, 1]
+
+    def never(batch):
+        raise torch.OutOfMemoryError("no")
+
+    with pytest.raises(UserError, match="out of memory on cpu: not even one item fits .in --batch-size."):
+        batches([1, 2], None, device, never)
+    with pytest.raises(UserError, match="not a batch of 4 fits.*nearest valid: auto"):
+        batches([1, 2], 4, device, never)
+
+
+def test_pieces_of_a_document_are_joined(tokenizer, tmp_path):
+    pieces = [("a", "x" * 30), ("b", "y" * 50), ("a", "z" * 30), ("c", "short")]
+    lines = [json.dumps({"text": text, "title": title}) + "\n" for title, text in pieces]
+    with zstandard.open(tmp_path / "d.jsonl.zst", "wt") as file:
+        file.writelines(lines)
+    options = dict(data="d.jsonl.zst", join="title", block=25, edges=[0, 25], totals=[])
+    blocks = Perplexity("p", **options).prepare(tokenizer, Place(tmp_path))
+    assert [tokenizer.decode(block) for block in blocks] == ["x" * 25, "x" * 5 + "z" * 20, "y" * 25, "y" * 25]
+    few = Perplexity("p", per_document=1, **options).prepare(tokenizer, Place(tmp_path))
+    assert [tokenizer.decode(block) for block in few] == ["x" * 25, "y" * 25]
