@@ -77,13 +77,13 @@ class Plan:
 
     @property
     def verify_ram_bytes(self) -> int:
-        """Read by layer: the largest part in float32, and as much again while it is made of what is stored."""
+        """Read by layer: the largest part in float32, and twice that for what it is made of and what reads it."""
         parts: dict[str, int] = {}
         for name, (shape, _) in self.targets.items():
             layer = re.match(r"model\.layers\.\d+\.", name)
             part = layer[0] if layer else name
             parts[part] = parts.get(part, 0) + torch.Size(shape).numel()
-        return MEMORY_FLOOR + 2 * 4 * max(parts.values())
+        return MEMORY_FLOOR + 3 * 4 * max(parts.values())
 
     def parameters(self) -> tuple[int, int]:
         """(all, new) parameters of the result."""
