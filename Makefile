@@ -19,6 +19,7 @@ test: install
 	$(PYTHON) -m $(PYTEST) $(TESTS)
 
 test-oldest: install $(OLDEST)
+	PYTHONPATH=$(OLDEST) $(PYTHON) -c "import transformers; print('transformers', transformers.__version__)"
 	PYTHONPATH=$(OLDEST) $(PYTHON) -m $(PYTEST) $(TESTS)
 
 $(OLDEST): | $(PYTHON)
