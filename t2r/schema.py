@@ -85,7 +85,8 @@ class StageConfig:
     weight_decay: of matrices, never of gates, norms and biases. clip: largest gradient norm.
     dtype: of the computation; the weights that are trained are float32 in any case. auto: bfloat16 on a GPU.
     activation_checkpointing: recompute each layer in the backward pass, for less memory.
-    validation_tokens: held out tokens to evaluate the stage's loss on, before and after it.
+    validation_tokens: held-out tokens to look at the model with, before the stage, every validate_every optimizer steps
+        (0: never) and after it: its loss, perplexity by position beside the teacher's, half-lives and use of slots.
     save_every: optimizer steps between checkpoints, 0: only at the end. keep: how many checkpoints stay.
     give_up: end the run after so many steps in a row whose loss or gradient is not finite; each is skipped.
     """
@@ -107,6 +108,7 @@ class StageConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     activation_checkpointing: bool = False
     validation_tokens: int = 0
+    validate_every: int = 0
     save_every: int = 0
     keep: int = 1
     give_up: int = 5
@@ -170,6 +172,14 @@ class DeepSpeedConfig:
 
 
 @dataclass
+class LogConfig:
+    """trackers: services that get the metrics too; metrics.jsonl has them in any case. project: its name there."""
+
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
+    project: str = "t2r"
+
+
+@dataclass
 class CompareConfig:
     """The comparison that ends a run. recipe: its name or file. limit: items of each task, None: the recipe's.
     data: folder of benchmark files, which `eval:` in the recipe means.
@@ -198,6 +208,7 @@ class RunConfig:
     stages: list[StageConfig] = field(default_factory=list)
     data: DataConfig = field(default_factory=DataConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    log: LogConfig = field(default_factory=LogConfig)
     compare: CompareConfig | None = None
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -232,7 +243,8 @@ def check_stage(stage: StageConfig, config: RunConfig, key: str, wrong: Callable
     for name in ("tokens", "context", "micro_batch", "batch_tokens", "clip", "keep", "give_up"):
         if getattr(stage, name) <= 0:
             wrong(f"{key}.{name}", f"is {getattr(stage, name)}, it must be positive")
-    for name in ("warmup_tokens", "decay_tokens", "validation_tokens", "save_every", "weight_decay", "end_lr"):
+    counts = ("warmup_tokens", "decay_tokens", "validation_tokens", "validate_every", "save_every")
+    for name in (*counts, "weight_decay", "end_lr"):
         if getattr(stage, name) < 0:
             wrong(f"{key}.{name}", f"is {getattr(stage, name)}, it cannot be negative", 0)
     if stage.context < 2:
@@ -256,6 +268,8 @@ def check_stage(stage: StageConfig, config: RunConfig, key: str, wrong: Callable
         wrong(f"{key}.loss.kl", f"is {stage.loss.kl}, a weight between 0 (cross-entropy) and 1", 1)
     if stage.loss.temperature <= 0 or stage.loss.chunk < 1:
         wrong(f"{key}.loss", "needs a positive temperature and chunk")
+    if stage.validate_every and not stage.validation_tokens:
+        wrong(f"{key}.validate_every", f"is {stage.validate_every}, but there are no validation_tokens", 0)
     if stage.validation_tokens and not config.data.validation and not config.data.held_out:
         wrong(f"{key}.validation_tokens", "needs data.validation or data.held_out")
     if 0 < stage.validation_tokens < stage.context:

@@ -102,6 +102,11 @@ def test_a_run_leaves_loadable_models_and_its_metrics(straight, start, config):
     lines = [json.loads(line) for line in (straight / "1-align" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 4]
     assert lines[0]["validation_loss"] > lines[-1]["validation_loss"] > 0
+    assert lines[0]["ppl"].keys() == lines[0]["teacher_ppl"].keys() == {"0-32", "all"}
+    assert lines[0]["teacher_ppl"] == lines[-1]["teacher_ppl"] != lines[-1]["ppl"]
+    slots = 2 * 2 * 16  # layers, kv heads, slots of each
+    assert sum(lines[0]["gates"]["half_life"]) == sum(lines[0]["gates"]["use"]) == slots
+    assert (straight / "1-align" / "training.svg").read_text().count("<path") > 20
     step = lines[2]
     assert step["tokens"] == 256 and step["lr"].keys() == {"gates", "mixer"} and step["grad_norm"] > 0
     assert step["tokens_per_second"] > 0 and step["memory_bytes"] > 1e8
@@ -142,7 +147,8 @@ def test_an_interrupted_run_goes_on_bit_for_bit(straight, start, config, tmp_pat
     finetune.finetune(str(config), words, model=str(start), out=str(out))
     for stage in ("1-align", "2-distill", "3-lm"):
         assert records(out, stage) == records(straight, stage)
-        assert {p.name for p in (out / stage).iterdir()} == {"metrics.jsonl", "step-000004"}
+        extra = {"teacher.json"} if stage == "1-align" else set()
+        assert {p.name for p in (out / stage).iterdir()} == {"metrics.jsonl", "training.svg", "step-000004"} | extra
     ours, theirs = tensors(out / "model"), tensors(straight / "model")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     with pytest.raises(UserError, match=f"the run in {out} is finished; nearest valid: --out {out}-2"):
@@ -206,7 +212,7 @@ def test_sigterm_saves_a_checkpoint_and_ends_the_run(long, config, start, tmp_pa
         finetune.finetune(str(config), words, str(start), str(out))
     assert stopped.value.code == 143
     assert "stopped by SIGTERM after step 5/40; the same command goes on from it" in capfd.readouterr().err
-    assert {p.name for p in (out / "1-lm").iterdir()} == {"metrics.jsonl", "step-000003", "step-000005"}
+    assert {p.name for p in (out / "1-lm").iterdir()} == {"metrics.jsonl", "teacher.json", "step-000003", "step-000005"}
     finetune.finetune(str(config), words, str(start), str(out))
     assert equals(out, straight)
 
@@ -223,7 +229,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(long, config, start, tmp_path, m
                 finetune.finetune(str(config), words, str(start), str(out))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert {p.name for p in (out / "1-lm").iterdir()} == {"metrics.jsonl", "step-000003"}
+    assert {p.name for p in (out / "1-lm").iterdir()} == {"metrics.jsonl", "teacher.json", "step-000003"}
     finetune.finetune(str(config), words, str(start), str(out))
     assert equals(out, straight)
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 100_000}))

@@ -25,11 +25,14 @@ from t2r.train.checkpoint import (
     save,
     step_of,
 )
+from t2r.train.cost import hardware_of, training_flops
 from t2r.train.log import Log
 from t2r.train.losses import check_liger
 from t2r.train.parameters import add_adapters, parameter_groups, set_learning_rates, train_offsets
+from t2r.train.plot import plot
 from t2r.train.sharding import Group, from_a_peer, initialize, zero_stage
 from t2r.train.stages import STAGES, Stage
+from t2r.train.validation import validate
 
 STOP = "stop"  # the metric in which processes tell each other that one of them was asked to stop
 
@@ -98,13 +101,15 @@ def train(
     teacher: nn.Module | None,
     rows: Mixture,
     validation: Mixture | None,
+    teacher_ppl: dict[str, float],
     out: Path,
     group: Group,
 ) -> Path:
     """Train the converted model in `student_folder` through one stage and return the folder of the result.
 
     out: holds metrics.jsonl and checkpoints; where there is a checkpoint already, training goes on from the newest.
-    teacher: a causal LM on the group's device in the stage's dtype, or None if the stage needs none.
+    teacher: a causal LM on the group's device in the stage's dtype, or None if the stage needs none. teacher_ppl: its
+        perplexities on the validation rows.
     Raises UserError when the loss stays non-finite, the disk is full, the data cannot be read, another process is gone,
     or a checkpoint belongs to another model; SystemExit 143 after SIGTERM, with a checkpoint of the last step.
     """
@@ -120,11 +125,21 @@ def train(
         out.mkdir(parents=True, exist_ok=True)
         clear_unfinished(out)
         check_disk(out, source, sum(p.numel() for g in groups for p in g["params"]), stage.keep)
+    flops = training_flops(student, stage)
     engine = initialize(Step(STAGES[stage.kind](stage), student, teacher), groups, config.deepspeed, stage, group)
     start = resume(engine, newest, source) if newest else 0
-    log = Log(out, stage, start) if group.rank == 0 else None
+    log = Log(out, stage, start, flops, peak_flops(group), config.log) if group.rank == 0 else None
+
+    def check(step: int) -> None:
+        if validation is None:
+            return
+        found = validate(engine, validation, stage, group) | {"teacher_ppl": teacher_ppl}
+        if log:
+            log.validation(step, found)
+            log.resume_clock()
+
     if not start:
-        evaluate(engine, validation, stage, group.device, log, 0)
+        check(0)
     forwards = stage.rows // (stage.micro_batch * group.world)
     batches = ahead(
         chain.from_iterable(
@@ -148,8 +163,8 @@ def train(
                     what = f"loss or gradient not finite in {failures} steps in a row, the last is step {done}"
                     raise lost(f"{what}; smaller learning rates or dtype float32 may help", out)
                 last = done == stage.steps
-                if last:
-                    evaluate(engine, validation, stage, group.device, log, done)
+                if last or (stage.validate_every and done % stage.validate_every == 0):
+                    check(done)
                 if last or stopping or (stage.save_every and done % stage.save_every == 0):
                     save(engine, source, out, done, stage, zero_stage(config.deepspeed), group)
                     if log:
@@ -166,6 +181,8 @@ def train(
         if log:
             log.close()
     engine.destroy()
+    if group.rank == 0:
+        plot(out)
     return newest_checkpoint(out)
 
 
@@ -193,16 +210,7 @@ def optimizer_step(
     return dict(zip([*metrics, "grad_norm", STOP], (total / group.world).tolist(), strict=True))
 
 
-@torch.no_grad()
-def evaluate(
-    engine, rows: Mixture | None, stage: StageConfig, device: torch.device, log: Log | None, step: int
-) -> None:
-    """The stage's loss on held out rows, the same on every process."""
-    count = stage.validation_tokens // stage.context
-    if rows is None or not count:
-        return
-    engine.eval()
-    losses = [engine(batch.to(device))[0] for batch in rows.first(count, stage.micro_batch)]
-    engine.train()
-    if log:
-        log.validation(step, torch.stack(losses).mean().item())
+def peak_flops(group: Group) -> float | None:
+    """Operations a second that all processes could do at best, None on a CPU and on a GPU that is not known."""
+    gpu = hardware_of(torch.cuda.get_device_name(group.device)) if group.device.type == "cuda" else None
+    return gpu.flops * group.world if gpu else None

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, replace
-from functools import cache
+from functools import cache, partial
 from io import StringIO
 from pathlib import Path
 
@@ -34,6 +34,8 @@ from t2r.train.sharding import (
     zero_stage,
 )
 from t2r.train.stages import STAGES
+from t2r.train.trackers import check_trackers
+from t2r.train.validation import teacher_perplexities
 
 CONFIG, START, MODEL = "config.yaml", "start", "model"
 HERE = Machines()
@@ -74,6 +76,7 @@ def resolve_run(config: str, overrides: Sequence[str]) -> RunConfig:
     teacher_source(settings.source)
     if settings.stages:
         check_data(settings)
+        check_trackers(settings.log.trackers)
         require_deepspeed(settings.device)
     for i, stage in enumerate(settings.stages):
         dtype = compute_dtype(stage, settings.device)
@@ -157,7 +160,12 @@ def run_stages(settings: RunConfig, folder: Path, start: Path) -> Path:
             teacher, teacher_dtype = load_teacher(settings, group, dtype), dtype
         rows, validation = data.rows(stage, settings.seed + i), data.validation_rows(stage)
         out = folder / f"{i + 1}-{stage.kind}"
-        start = train(settings, stage, start, teacher, rows, validation, out, group)
+        teacher_ppl = {}
+        if validation is not None:
+            # a stage without a teacher has one for as long as that takes
+            at_hand = partial(load_teacher, settings, group, dtype) if teacher is None else lambda model=teacher: model
+            teacher_ppl = teacher_perplexities(at_hand, validation, stage, group, out)
+        start = train(settings, stage, start, teacher, rows, validation, teacher_ppl, out, group)
     return start
 
 

@@ -10,19 +10,27 @@ from pathlib import Path
 import torch
 
 from t2r.errors import UserError
-from t2r.schema import StageConfig
+from t2r.schema import LogConfig, StageConfig
+from t2r.train.cost import Flops
+from t2r.train.trackers import flat, open_tracker
 
 METRICS = "metrics.jsonl"
 
 
 class Log:
-    """The log of one stage, kept by the first process; it goes on where the checkpoint at step `start` was written."""
+    """The log of one stage, kept by the first process; it goes on where the checkpoint at step `start` was written.
 
-    def __init__(self, out: Path, stage: StageConfig, start: int) -> None:
+    flops: operations of a token; peak: what all processes could do of them in a second, None where that is unknown.
+    """
+
+    def __init__(
+        self, out: Path, stage: StageConfig, start: int, flops: Flops, peak: float | None, settings: LogConfig
+    ) -> None:
         from tqdm import tqdm
 
-        self.stage, self.out = stage, out
+        self.stage, self.out, self.flops, self.peak = stage, out, flops, peak
         self.skipped = 0
+        self.trackers = [open_tracker(name, settings.project, out, str(out)) for name in settings.trackers]
         try:
             self.file = self.reopen(out / METRICS, start)
         except OSError as error:
@@ -53,21 +61,27 @@ class Log:
             "tokens_per_second": speed,
             "memory_bytes": memory(),
         }
+        if self.peak:
+            record["mfu"] = speed * self.flops.total / self.peak
         if skipped:
             self.skipped += 1
             record |= {"skipped": True, "skipped_steps": self.skipped}
         self.write(record)
-        line = f"loss {metrics['loss']:.4f}, {speed:.0f} tokens/s"
+        line = f"loss {metrics['loss']:.4f}, {speed:,.0f} tokens/s, {record['memory_bytes'] / 1e9:.1f} GB"
+        if self.peak:
+            line += f", {record['mfu']:.1%} MFU"
         self.bar.set_postfix_str(line)
         self.bar.update()
         if skipped or (self.bar.disable and (step % self.every == 0 or step == self.stage.steps)):
             note = f": not finite, step skipped ({self.skipped} so far)" if skipped else ""
             self.say(f"step {step}/{self.stage.steps}: {line}{note}")
 
-    def validation(self, step: int, loss: float) -> None:
-        self.write({"step": step, "validation_loss": loss})
-        self.say(f"step {step}/{self.stage.steps}: validation loss {loss:.4f}")
-        self.time = time.perf_counter()
+    def validation(self, step: int, found: dict) -> None:
+        """What `validate` found, and teacher_ppl."""
+        self.write({"step": step, "tokens": step * self.stage.batch_tokens, **found})
+        ours, teacher = found["ppl"].get("all", math.nan), found["teacher_ppl"].get("all", math.nan)
+        what = f"validation loss {found['validation_loss']:.4f}, ppl {ours:.2f} (teacher {teacher:.2f})"
+        self.say(f"step {step}/{self.stage.steps}: {what}")
 
     def say(self, line: str) -> None:
         self.bar.write(f"{self.stage.kind} {line}", file=sys.stderr)
@@ -77,6 +91,8 @@ class Log:
             self.file.write(json.dumps(finite(record)) + "\n")
         except OSError as error:
             raise UserError(f"cannot write: {error.strerror}", where=self.out / METRICS) from error
+        for send, _ in self.trackers:
+            send(record["step"], flat(record))
 
     def resume_clock(self) -> None:
         """Time spent on something else than steps does not count."""
@@ -85,6 +101,8 @@ class Log:
     def close(self) -> None:
         self.bar.close()
         self.file.close()
+        for _, end in self.trackers:
+            end()
 
 
 def read(path: Path) -> list[dict]:
