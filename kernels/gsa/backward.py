@@ -74,42 +74,47 @@ def load_output_gradient(do, positions, row0, h, H, G, g0, count, HAS_POSITIONS:
 
 @triton.jit
 def flow(
-    u, x, y, pairs, own, state, dy, dy_first, dy_t, count, gains, gain_first, gain_row, dw, dlog, weight, L, labels, label,
-    anchors, pid, classes, again, tiles_again, LINEAR: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr,
-    BD: tl.constexpr, M: tl.constexpr, C: tl.constexpr, GB: tl.constexpr,
+    u, x, y, pairs, own, states, first, state_row, L, label, anchors, w, classes, dy, dy_first, dy_t, count, dw, dlog, gains,
+    pid, again, tiles_again, LINEAR: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    M: tl.constexpr, C: tl.constexpr, GB: tl.constexpr,
 ):  # fmt: skip
     """What rows x [R,D] read, r_i = (state e^{L_i} + sum_{j <= i} e^{L_i - L_j} w_j y_j)^T x_i, and its backward for a
     gradient u [R,M]: adds to dy, dw, dlog and the gain of the state's adjoint; pairs and own as `meet` returns them.
 
-    Returns r [R,M] and what the gradient of x is made of: token weights A [R,C] on y and slot weights u e^L [R,M] on the
-    state, in x's type."""
-    prefix = to_rows(tl.exp(L), C, GB, M)
+    Returns r [R,M] and the gradient of x [R,D]."""
+    # Sums over the same tiles follow each other, and tiles loaded anew do not occupy registers from one use to the next.
+    tl.debug_barrier()
+    Lc, labels, weight = load_tile(L, pid, C, M), load_tile(label, pid, C, M), load_tile(w, pid, C, M)
+    state = load_state(states, first, state_row, D, BD, M)
+    prefix = to_rows(tl.exp(Lc), C, GB, M)
     left = (u * prefix).to(x.dtype)
     gain = tl.dot(tl.trans(x), left, input_precision=PRECISION)
-    add_state(gains, gain, gain_first, gain_row, again, D, BD, M)
+    add_state(gains, gain, first, state_row, again, D, BD, M)
+    dx = tl.dot(left, tl.trans(state), input_precision=PRECISION)
     r = tl.dot(x, state, input_precision=PRECISION) * prefix
     outside = over_heads(u * r, C, GB, M)
     grad_w = over_heads(u * own[:, None], C, GB, M)
-    r += own[:, None] * to_rows(weight, C, GB, M)
+    weight_rows = to_rows(weight, C, GB, M)
+    r += own[:, None] * weight_rows
+    own = tl.sum(u * weight_rows, axis=1)
     inside = tl.zeros([C, M], tl.float32)
     across = tl.zeros([C, M], tl.float32)
     A = tl.zeros([C * GB, C], tl.float32)
     for c in range(0, classes + 1):
-        row, col = factors(anchors, pid, L, labels, c, C, M)
+        row, col = factors(anchors, pid, Lc, labels, c, C, M)
         row = to_rows(row, C, GB, M)
         right = (col * weight).to(x.dtype)
         here = (u * row).to(x.dtype)
         met = col * tl.dot(tl.trans(pairs), here, input_precision=PRECISION)
+        grad_w += met
+        inside -= weight * met
         A = tl.dot(here, tl.trans(right), A, input_precision=PRECISION)
         reads = tl.dot(pairs, right, input_precision=PRECISION) * row
         r += reads
         reads = over_heads(u * reads, C, GB, M)
-        grad_w += met
-        inside += reads - weight * met
+        inside += reads
         if LINEAR:
             across += tl.where(labels > c, time_sum(reads, True, True, x.dtype, C), 0.0)
-    A = with_own(A, tl.sum(u * to_rows(weight, C, GB, M), axis=1), C, GB).to(x.dtype)
-    add_rows(dy, tl.dot(tl.trans(A), x, input_precision=PRECISION), dy_first, dy_t, count, again, C, D, BD)
     add_tile(dw, grad_w, pid, tiles_again, C, M)
     if LINEAR:
         inside = tl.where(begins_class(label, pid, C, M), across, time_sum(inside, True, True, x.dtype, C))
@@ -117,22 +122,23 @@ def flow(
     else:
         outside = time_sum(outside + inside, True, True, x.dtype, C)
     add_tile(dlog, outside, pid, tiles_again, C, M)
-    tl.debug_barrier()  # the next sum over the same tiles reads what other threads stored
-    return r, A, left
+    A = with_own(A, own, C, GB).to(x.dtype)
+    add_rows(dy, tl.dot(tl.trans(A), x, input_precision=PRECISION), dy_first, dy_t, count, again, C, D, BD)
+    return r, tl.dot(A, y, dx, input_precision=PRECISION)
 
 
 @triton.jit
 def inner_kernel(
-    q, q_sink, k, v, positions, table, states, occupancy, L, label, anchors, w, last, do, dq, dq_sink, dk, dv, dw, dlog, adjoint,
-    d_occupancy,
+    q, q_sink, k, v, positions, table, states, occupancy, L, label, anchors, w, last, do, dq, dq_sink, dk, dv, dw, dlog,
+    adjoint, d_occupancy,
     T, chunks_per_row, H, G, scale, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
     PACKED: tl.constexpr, LINEAR: tl.constexpr, SINKS: tl.constexpr, OCCUPANCY: tl.constexpr,
     HAS_POSITIONS: tl.constexpr, HAS_SINK: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
     GB: tl.constexpr,
 ):  # fmt: skip
-    """One chunk and kv head, GB query heads at a time: dq [B,T,H*G,D]; dk, dv [B,T,H,D|E] inside the chunk; tiles dw and dlog [n,H,C,M] float32; adjoint [n,H,D+E,M] and d_occupancy [n,H,M]: the gains for
-    the reverse scan."""
+    """One chunk and kv head, GB query heads at a time: dq [B,T,H*G,D]; dk, dv [B,T,H,D|E] inside the chunk; tiles dw and
+    dlog [n,H,C,M] float32; adjoint [n,H,D+E,M] and d_occupancy [n,H,M]: the gains for the reverse scan."""
     pid = tl.program_id(0)
     chunk, h = pid // H, pid % H
     row, begin, count = chunk_span(table, chunk, T, chunks_per_row, C, PACKED)
@@ -147,50 +153,54 @@ def inner_kernel(
     for g0 in range(0, G, GB):
         again = g0 > 0
         Lc, labels, weight = load_tile(L, pid, C, M), load_tile(label, pid, C, M), load_tile(w, pid, C, M)
+        weight_rows = to_rows(weight, C, GB, M)
         K0 = load_state(states, first, 0, D, BD, M)
         xk = load_rows(k, row * k_b + begin * k_t + h * k_h, k_t, 0, count, 1, C, 1, D, BD).to(DTYPE)
         q_first = row * q_b + begin * q_t + (h * G + g0) * q_h
         xq = load_rows(q, q_first, q_t, q_h, count, G - g0, C, GB, D, BD).to(DTYPE)
         qk, qk_own, before, within = meet(xq, xk, K0, weight, Lc, labels, anchors, pid, classes, C, GB, M, PRECISION)
-        logits = before + within + qk_own[:, None] * to_rows(weight, C, GB, M)
+        logits = before + within + qk_own[:, None] * weight_rows
         if HAS_SINK:
             xs = load_rows(q_sink, q_first, q_t, q_h, count, G - g0, C, GB, D, BD).to(DTYPE)
             sk, sk_own, before, within = meet(
                 xs, xk, K0, weight, Lc, labels, anchors, pid, classes, C, GB, M, PRECISION
             )
-            logits = tl.where(sink, before + within + sk_own[:, None] * to_rows(weight, C, GB, M), logits)
+            logits = tl.where(sink, before + within + sk_own[:, None] * weight_rows, logits)
         z = slot_occupancy(occupancy, pid, Lc, C, GB, M, OCCUPANCY)
         p = read(logits, z, scale, OCCUPANCY)
+
         xo = load_output_gradient(do, positions, row0, h, H, G, g0, count, HAS_POSITIONS, C, GB, E, BE).to(DTYPE)
         xv = load_rows(v, row * v_b + begin * v_t + h * v_h, v_t, 0, count, 1, C, 1, E, BE).to(DTYPE)
-        V0 = load_state(states, first, D, E, BE, M)
         ov, own = triangle(tl.dot(xo, tl.trans(xv), input_precision=PRECISION), C, GB)
-        dp, _A, _left = flow(
-            p, xo, xv, ov.to(DTYPE), own, V0, dv, (row0 * H + h) * E, H * E, count, adjoint, first, D, dw, dlog, weight,
-            Lc, labels, label, anchors, pid, classes, again, again, LINEAR, PRECISION, E, BE, M, C, GB,
+        dp, _dx = flow(
+            p, xo, xv, ov.to(DTYPE), own, states, first, D, L, label, anchors, w, classes, dv, (row0 * H + h) * E, H * E,
+            count, dw, dlog, adjoint, pid, again, again, LINEAR, PRECISION, E, BE, M, C, GB,
         )  # fmt: skip
         dl, dz = read_backward(p, dp, logits, z, scale, OCCUPANCY)
         if OCCUPANCY:
-            z0 = tl.load(occupancy + pid.to(tl.int64) * M + m)
-            dz = over_heads(dz, C, GB, M) * tl.exp(Lc)
-            add_tile(dlog, time_sum(dz * (z0[None, :] - 1.0), True, True, DTYPE, C), pid, True, C, M)
             tl.debug_barrier()
+            z0 = tl.load(occupancy + pid.to(tl.int64) * M + m)
+            dz = over_heads(dz, C, GB, M) * tl.exp(load_tile(L, pid, C, M))
+            add_tile(dlog, time_sum(dz * (z0[None, :] - 1.0), True, True, DTYPE, C), pid, True, C, M)
             at = d_occupancy + pid.to(tl.int64) * M + m
             tl.store(at, tl.sum(dz, axis=0) + tl.load(at, mask=(m >= 0) & again, other=0.0))
+
         at = (row0 * H + h) * G * D + g0 * D
-        k_at = (row0 * H + h) * D
         rest = dl
         if HAS_SINK:
             rest = tl.where(sink, 0.0, dl)
-        _r, A, left = flow(rest, xq, xk, qk, qk_own, K0, dk, k_at, H * D, count, adjoint, first, 0, dw, dlog, weight, Lc, labels, label, anchors, pid,
-                       classes, again, True, LINEAR, PRECISION, D, BD, M, C, GB)  # fmt: skip
-        grad = tl.dot(A, xk, tl.dot(left, tl.trans(K0), input_precision=PRECISION), input_precision=PRECISION)
-        store_rows(dq, grad, at, H * G * D, D, count, G - g0, C, GB, D, BD)
+        _r, dx = flow(
+            rest, xq, xk, qk, qk_own, states, first, 0, L, label, anchors, w, classes, dk, (row0 * H + h) * D, H * D,
+            count, dw, dlog, adjoint, pid, again, True, LINEAR, PRECISION, D, BD, M, C, GB,
+        )  # fmt: skip
+        store_rows(dq, dx, at, H * G * D, D, count, G - g0, C, GB, D, BD)
         if HAS_SINK:
-            _r, A, left = flow(dl - rest, xs, xk, sk, sk_own, K0, dk, k_at, H * D, count, adjoint, first, 0, dw, dlog, weight, Lc, labels,
-                           label, anchors, pid, classes, True, True, LINEAR, PRECISION, D, BD, M, C, GB)  # fmt: skip
-            grad = tl.dot(A, xk, tl.dot(left, tl.trans(K0), input_precision=PRECISION), input_precision=PRECISION)
-            store_rows(dq_sink, grad, at, H * G * D, D, count, G - g0, C, GB, D, BD)
+            _r, dx = flow(
+                dl - rest, xs, xk, sk, sk_own, states, first, 0, L, label, anchors, w, classes, dk, (row0 * H + h) * D,
+                H * D, count, dw, dlog, adjoint, pid, True, True, LINEAR, PRECISION, D, BD, M, C, GB,
+            )  # fmt: skip
+            store_rows(dq_sink, dx, at, H * G * D, D, count, G - g0, C, GB, D, BD)
+        tl.debug_barrier()
 
 
 @triton.jit

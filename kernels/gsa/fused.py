@@ -1,4 +1,5 @@
-"""The Triton kernels behind two torch operators, t2r::gsa_forward and t2r::gsa_backward, with autograd between them.
+"""The Triton kernels behind torch operators: t2r::gsa_forward and t2r::gsa_backward with autograd between them, and
+t2r::gsa_step for decoding, which writes the memory in place.
 
 Being operators, they go through torch.compile(fullgraph=True) and activation checkpointing as one node each.
 
@@ -12,7 +13,8 @@ import torch
 import triton
 from torch import Tensor
 
-from . import backward, forward
+from . import backward, decode, forward
+from .spec import GSASpec, SlotState
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 SLOTS = (16, 32, 64, 128, 256)
@@ -131,7 +133,7 @@ class Launch:
         known = {**self.chunk_args, **self.gate_args, **self.query_args, **self.tiles, **self.flags, **self.dims,
                  "decay": self.decay, **args}  # fmt: skip
         args = {name: known[name] for name in kernel.arg_names}
-        kernel[(self.chunks * self.shape[0] * programs,)](**args, num_warps=warps)
+        kernel[(self.chunks * self.shape[0] * programs,)](**args, num_warps=warps, num_stages=1)
 
     def scan(self, states: Tensor, occupancy: Tensor | None, begin, end, reverse: bool = False) -> None:
         """`forward.scan_kernel` over every document; begin and end: (keys, values, occupancy) or None."""
@@ -272,3 +274,61 @@ def gradient(ctx, do, d_keys, d_values, d_occupancy):
 
 
 gsa_forward.register_autograd(gradient, setup_context=setup_context)
+
+
+@torch.library.custom_op("t2r::gsa_step", mutates_args=("keys", "values", "occupancy"))
+def gsa_step(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, s: Tensor | None, write: Tensor | None, keep: Tensor | None,
+    q_sink: Tensor | None, positions: Tensor | None, keys: Tensor, values: Tensor, occupancy: Tensor,
+    form: str, damping: float, ring: int, sinks: int, normalised: bool, silu: bool, scale: float,
+) -> Tensor:  # fmt: skip
+    """o [N,1,H*G,E] of one token a sequence; keys, values and occupancy become the memory after it."""
+    q, k, v, q_sink, gate, s = prepare(q, k, v, q_sink, gate, s, silu=False)
+    N, _, HQ, D = q.shape
+    H, M, E = k.shape[2], gate.shape[-1], v.shape[-1]
+    o = torch.empty(N, 1, HQ, E, device=q.device, dtype=v.dtype)
+    decode.step_kernel[(N * H,)](
+        q, q_sink, k, v, gate, s, write, keep, positions, keys, values, occupancy, keys, values, occupancy, o,
+        H, scale, damping, q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2),
+        FORM=form, RING=ring, SINKS=sinks, OCCUPANCY=normalised, SILU=silu, HAS_S=s is not None,
+        HAS_SINK=q_sink is not None, HAS_POSITIONS=positions is not None, D=D, BD=triton.next_power_of_2(D), E=E,
+        BE=triton.next_power_of_2(E), M=M, G=HQ // H, GP=triton.next_power_of_2(HQ // H), num_warps=8,
+    )  # fmt: skip
+    return o
+
+
+@gsa_step.register_fake
+def _(q, k, v, *rest):
+    return torch.empty(*q.shape[:3], v.shape[-1], device=q.device, dtype=v.dtype)
+
+
+def spelled(spec: GSASpec, scale: float) -> tuple:
+    """The spec as the operators take it."""
+    silu = spec.feature_map == "silu"
+    return spec.gate, float(spec.damping), spec.ring, spec.sinks, spec.occupancy, silu, float(scale)
+
+
+def fused(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, s: Tensor | None, write: Tensor | None, keep: Tensor | None,
+    q_sink: Tensor | None, positions: Tensor | None, cu_seqlens: Tensor | None, state: SlotState | None, spec: GSASpec,
+    scale: float, final: bool,
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:  # fmt: skip
+    """gsa() by the kernels: o and, if asked, the final (keys, values, occupancy)."""
+    memory = (None, None, None) if state is None else tuple(x.float().contiguous() for x in state[:3])
+    table, bounds = None, None
+    if cu_seqlens is not None:
+        chunk = tile_for(max(k.shape[-1], v.shape[-1]), gate.shape[-1], q.shape[2] // k.shape[2], q.dtype).chunk
+        table, bounds = chunk_tables(cu_seqlens, q.shape[1], chunk)
+    o, *end = gsa_forward(
+        q, k, v, gate, s, write, keep, q_sink, positions, table, bounds, *memory, *spelled(spec, scale), final
+    )
+    return o, tuple(end) if final else None
+
+
+def fused_step(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor, s: Tensor | None, write: Tensor | None, keep: Tensor | None,
+    q_sink: Tensor | None, positions: Tensor | None, state: SlotState, spec: GSASpec, scale: float, in_place: bool,
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
+    """One token of every sequence: o and (keys, values, occupancy) after it, the state's own tensors if in_place."""
+    memory = state[:3] if in_place else [x.clone() for x in state[:3]]
+    return gsa_step(q, k, v, gate, s, write, keep, q_sink, positions, *memory, *spelled(spec, scale)), tuple(memory)

@@ -14,7 +14,7 @@ from .chunked import chunked
 from .reference import recurrence
 from .spec import GSASpec, SlotState, gates
 
-Backend = Literal["torch", "reference"]
+Backend = Literal["auto", "triton", "torch", "reference"]
 
 
 def gsa(
@@ -33,6 +33,7 @@ def gsa(
     cu_seqlens: Tensor | None = None,
     initial_state: SlotState | None = None,
     output_final_state: bool = False,
+    overwrite_state: bool = False,
     backend: Backend = "torch",
 ) -> tuple[Tensor, SlotState | None]:
     """Gated Slot Attention (arXiv 2409.07146, eq. 7-9), differentiable in every float argument.
@@ -47,29 +48,82 @@ def gsa(
         stands and its output is 0. Default: counted from the state's position.
     cu_seqlens [N+1] int: B = 1 and row 0 holds N documents, tokens cu_seqlens[n] to cu_seqlens[n+1], each with a memory
         of its own. Otherwise N = B.
-    initial_state, and the returned state if output_final_state: SlotState of N documents.
+    initial_state, and the returned state if output_final_state: SlotState of N documents. The occupancy moves only with
+        spec.occupancy. With overwrite_state a single token may write the new state into initial_state's own tensors
+        (without gradients only).
+    backend: "triton" the fused kernels, ValueError where they do not take the input; "torch" the chunked form;
+        "reference" the recurrence; "auto" the kernels for CUDA tensors that they take, else torch.
 
     Returns o [B,T,H*G,E] in v's dtype and the final state or None. Computed in float32 (float64 for float64 inputs).
     Raises ValueError when shapes or options do not fit together.
     """
     check(q, k, v, gate, spec, write, keep, s, q_sink, positions, cu_seqlens, initial_state)
     (B, T, HQ, D), (H, M), E = q.shape, gate.shape[2:], v.shape[-1]
+    backend = choose_backend(backend, q, k, v, gate, spec, s)
     dtype = torch.promote_types(q.dtype, torch.float32)
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    state = initial_state or SlotState.empty(N, H, M, D, E, q.device, dtype)
-    if positions is None:
+    state = initial_state
+    if state is None and (backend != "triton" or spec.ring or output_final_state):
+        state = SlotState.empty(N, H, M, D, E, q.device, dtype)
+    if positions is None and (backend != "triton" or spec.ring or output_final_state):
         positions = count_positions(state.position, B, T, cu_seqlens)
-    forget, write_weight = gates(gate.to(dtype) if dtype == torch.float64 else gate, positions, spec, write, keep, s)
-    final_position = end_positions(state.position, positions, cu_seqlens)
+    final_position = end_positions(state.position, positions, cu_seqlens) if output_final_state else None
+    if backend == "triton":
+        from .fused import fused, fused_step
 
-    activation = silu if spec.feature_map == "silu" else lambda x: x
-    queries = [None if x is None else activation(x.to(dtype)).unflatten(2, (H, HQ // H)) for x in (q, q_sink)]
-    k_in, v_in = (activation(x.to(dtype)) for x in (k, v))
-    run = recurrence if backend == "reference" or (T == 1 and cu_seqlens is None) else chunked
-    o, final = run(
-        queries[0], k_in, v_in, forget, write_weight, positions, state, spec, scale, queries[1], cu_seqlens=cu_seqlens
-    )
-    return o.flatten(2, 3).to(v.dtype), final._replace(position=final_position) if output_final_state else None
+        positions = None if positions is None else positions.contiguous()
+        args = (q, k, v, gate, s, write, keep, q_sink, positions)
+        if T == 1 and cu_seqlens is None and output_final_state and not torch.is_grad_enabled():
+            o, final = fused_step(*args, state, spec, scale, in_place=overwrite_state and initial_state is not None)
+        else:
+            o, final = fused(*args, cu_seqlens, initial_state, spec, scale, output_final_state)
+        final = final if final is None else SlotState(*final, final_position)
+    else:
+        forget, write_weight = gates(
+            gate.to(dtype) if dtype == torch.float64 else gate, positions, spec, write, keep, s
+        )
+        activation = silu if spec.feature_map == "silu" else lambda x: x
+        queries = [None if x is None else activation(x.to(dtype)).unflatten(2, (H, HQ // H)) for x in (q, q_sink)]
+        k_in, v_in = (activation(x.to(dtype)) for x in (k, v))
+        run = recurrence if backend == "reference" or (T == 1 and cu_seqlens is None) else chunked
+        o, final = run(
+            queries[0],
+            k_in,
+            v_in,
+            forget,
+            write_weight,
+            positions,
+            state,
+            spec,
+            scale,
+            queries[1],
+            cu_seqlens=cu_seqlens,
+        )
+        o, final = o.flatten(2, 3).to(v.dtype), final._replace(position=final_position)
+    if output_final_state and not spec.occupancy:
+        final = final._replace(occupancy=state.occupancy)
+    return o, final if output_final_state else None
+
+
+def choose_backend(
+    backend: Backend, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, spec: GSASpec, s: Tensor | None
+) -> str:
+    """The implementation that runs. Raises ValueError if the kernels were asked for and do not take the input."""
+    if backend in ("torch", "reference"):
+        return backend
+    if backend == "auto" and not q.is_cuda:
+        return "torch"
+    try:
+        from .fused import refusal
+    except ImportError:
+        reason = "anything: the triton package is not installed"
+    else:
+        reason = refusal(q, k, v, gate, spec.occupancy, s)
+    if reason is None:
+        return "triton"
+    if backend == "auto":
+        return "torch"
+    raise ValueError(f"the Triton kernels do not take {reason}; backend='torch' does")
 
 
 def chunk_gsa(
@@ -84,13 +138,15 @@ def chunk_gsa(
     checkpoint_level: int = 2,
     cu_seqlens: Tensor | None = None,
     cu_seqlens_cpu: Tensor | None = None,
+    *,
+    backend: Backend = "torch",
     **kwargs,
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
     """`gsa` behind the signature of flash-linear-attention 0.6.0's `chunk_gsa`, for code written against it.
 
     q [B,T,HQ,D], k [B,T,H,D], v [B,T,H,E], write weights s [B,T,H,M], log decay g [B,T,H,M]; g = None is ABC (paper
     section 2.2): s are logits, written with exp(s_t) / sum_{i<=t} exp(s_i). scale defaults to D ** -0.5. States are
-    (keys [N,H,D,M], values [N,H,M,E]) float32. checkpoint_level, cu_seqlens_cpu and chunk_size are accepted and change
+    (keys [N,H,D,M], values [N,H,M,E]) float32, either of the initial ones may be None. checkpoint_level, cu_seqlens_cpu and chunk_size are accepted and change
     no result: memory use is fixed by the implementation.
 
     Returns o [B,T,HQ,E] and (keys, values), or (None, None) without output_final_state.
@@ -102,9 +158,14 @@ def chunk_gsa(
         g, s = abc_gates(s, cu_seqlens)
     state = None
     if initial_state is not None:
-        keys, values = (x.to(torch.promote_types(q.dtype, torch.float32)) for x in initial_state)
-        state = SlotState.empty(*keys.shape[:2], s.shape[-1], k.shape[-1], v.shape[-1], q.device, keys.dtype)
-        state = state._replace(keys=keys.mT, values=values)
+        N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        state = SlotState.empty(N, k.shape[2], s.shape[-1], k.shape[-1], v.shape[-1], q.device, dtype)
+        keys, values = initial_state
+        state = state._replace(
+            keys=state.keys if keys is None else keys.to(dtype).mT,
+            values=state.values if values is None else values.to(dtype),
+        )
     o, final = gsa(
         q,
         k,
@@ -116,6 +177,7 @@ def chunk_gsa(
         cu_seqlens=cu_seqlens,
         initial_state=state,
         output_final_state=output_final_state,
+        backend=backend,
     )
     return o, (None, None) if final is None else (final.keys.mT.contiguous(), final.values)
 

@@ -1,0 +1,78 @@
+"""Triton decode: one token of every sequence in one launch, the memory read and written once.
+
+A program is one sequence and kv head: its query heads share the memory's one trip through the chip. Float32 throughout.
+
+Shape legend: spec.py; N sequences, GP = G rounded up to a power of two.
+"""
+
+import triton
+import triton.language as tl
+
+from .tile import expm1, load_gates, read
+
+
+@triton.jit
+def step_kernel(
+    q, q_sink, k, v, gate, s, write, keep, positions, keys, values, occupancy, new_keys, new_values, new_occupancy, o,
+    H, scale, damping, q_b, q_h, k_b, k_h, v_b, v_h,
+    FORM: tl.constexpr, RING: tl.constexpr, SINKS: tl.constexpr, OCCUPANCY: tl.constexpr, SILU: tl.constexpr,
+    HAS_S: tl.constexpr, HAS_SINK: tl.constexpr, HAS_POSITIONS: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, M: tl.constexpr, G: tl.constexpr,
+    GP: tl.constexpr,
+):  # fmt: skip
+    """keys [N,H,M,D], values [N,H,M,E], occupancy [N,H,M] (bfloat16 or float32) -> the same after the token, which may be
+    the same tensors, and o [N,1,H*G,E]. positions [N]: -1 is padding, which changes nothing and reads 0."""
+    n, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
+    m, d, e, g = tl.arange(0, M), tl.arange(0, BD), tl.arange(0, BE), tl.arange(0, GP)
+    if HAS_POSITIONS:
+        position = tl.load(positions + n + tl.arange(0, 1)).to(tl.int32)
+    else:
+        position = tl.zeros([1], tl.int32)
+    log_alpha, weight, _x = load_gates(
+        gate, s, write, keep, position, n, 1, h, H, damping, FORM, RING, SINKS, HAS_S, 1, M
+    )
+    forget = tl.reshape(-expm1(log_alpha), [M])
+    weight = tl.reshape(weight, [M])
+    real = tl.max(position, axis=0) >= 0
+
+    at = ((n * H + h) * M + m)[:, None] * D + d[None, :]
+    inside = (m >= 0)[:, None] & (d < D)[None, :]
+    K = tl.load(keys + at, mask=inside, other=0.0).to(tl.float32)
+    x = activated(tl.load(k + n * k_b + h * k_h + d, mask=d < D, other=0.0).to(tl.float32), SILU)
+    K += weight[:, None] * x[None, :] - forget[:, None] * K
+    tl.store(new_keys + at, K.to(new_keys.dtype.element_ty), mask=inside)
+    logits = tl.zeros([GP, M], tl.float32)
+    for i in tl.static_range(G):
+        head = (h * G + i) * q_h + n * q_b + d
+        x = activated(tl.load(q + head, mask=d < D, other=0.0).to(tl.float32), SILU)
+        row = tl.sum(K * x[None, :], axis=1)
+        if HAS_SINK:
+            x = activated(tl.load(q_sink + head, mask=d < D, other=0.0).to(tl.float32), SILU)
+            row = tl.where(m < SINKS, tl.sum(K * x[None, :], axis=1), row)
+        logits = tl.where((g == i)[:, None], row[None, :], logits)
+    z = tl.full([GP, M], 1.0, tl.float32)
+    if OCCUPANCY:
+        z0 = tl.load(occupancy + (n * H + h) * M + m).to(tl.float32)
+        z0 += weight - forget * z0
+        tl.store(new_occupancy + (n * H + h) * M + m, z0.to(new_occupancy.dtype.element_ty))
+        z = tl.broadcast_to(z0[None, :], [GP, M])
+    p = read(logits, z, scale, OCCUPANCY)
+
+    at = ((n * H + h) * M + m)[:, None] * E + e[None, :]
+    inside = (m >= 0)[:, None] & (e < E)[None, :]
+    V = tl.load(values + at, mask=inside, other=0.0).to(tl.float32)
+    x = activated(tl.load(v + n * v_b + h * v_h + e, mask=e < E, other=0.0).to(tl.float32), SILU)
+    V += weight[:, None] * x[None, :] - forget[:, None] * V
+    tl.store(new_values + at, V.to(new_values.dtype.element_ty), mask=inside)
+    for i in tl.static_range(G):
+        mine = tl.sum(tl.where((g == i)[:, None], p, 0.0), axis=0)
+        y = tl.where(real, tl.sum(V * mine[:, None], axis=0), 0.0)
+        tl.store(o + ((n * H + h) * G + i) * E + e, y.to(o.dtype.element_ty), mask=e < E)
+
+
+@triton.jit
+def activated(x, SILU: tl.constexpr):
+    """The feature map of spec.py."""
+    if SILU:
+        x = x / (1.0 + tl.exp(-x))
+    return x
