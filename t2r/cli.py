@@ -103,6 +103,11 @@ def _eval(parser: argparse.ArgumentParser) -> None:
     _recipe(parser, "runs/eval-MODEL")
 
 
+def _leaderboard(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="DIR", help="folder below which the reports lie")
+    parser.add_argument("--out", metavar="OUT", help="folder to write (default: DIR/leaderboard)")
+
+
 def _recipe(parser: argparse.ArgumentParser, out: str) -> None:
     parser.add_argument("--recipe", default="quick", metavar="R", help="name or YAML file (default: quick)")
     parser.add_argument("--out", metavar="DIR", help=f"folder to make (default: {out})")
@@ -219,6 +224,14 @@ VERBS = {
         "t2r eval smollm2-gsa --recipe commonsense",
         _eval,
         "t2r.evaluate:evaluate",
+    ),
+    "leaderboard": Verb(
+        "collect many reports into one table",
+        "Puts what each converted model recovers of its original, and after how many tokens of training, into one "
+        "table and one plot, from every report.json below a folder.",
+        "t2r leaderboard runs",
+        _leaderboard,
+        "t2r.evaluate.leaderboard:leaderboard",
     ),
     "finetune": Verb(
         "train a converted model through the stages of a configuration",

@@ -113,7 +113,7 @@ class Layers(Blocks):
             a, b = ours[i]["output"].float(), theirs[i]["output"].float()
             count = model.config.num_attention_heads
             split = [x["heads"].float().unflatten(-1, (count, -1)) for x in (ours[i], theirs[i])]
-            heads = error(*split, dims=(0, 1, 3))
+            heads = error(*(x[:, :slots] for x in split), dims=(0, 1, 3))
             within = error(a[:, :slots], b[:, :slots])
             past = error(a[:, slots:], b[:, slots:]) if slots < ids.shape[1] else within
             metrics.append(Metric(f"layer {i}", "%", past.item(), x=i))
@@ -136,8 +136,8 @@ class Layers(Blocks):
 
 
 def table(records: list[dict]) -> str:
-    """One line a layer, with the errors of its heads over all positions."""
-    rows = [f"{'layer':>5}  {'within':>8}  {'past':>8}  heads"]
+    """One line a layer, with the errors of its heads within the slots."""
+    rows = [f"{'layer':>5}  {'within':>8}  {'past':>8}  heads within"]
     for r in records:
         heads = " ".join(f"{value:.3g}" for value in r["heads"])
         rows.append(f"{r['layer']:>5}  {r['within']:>8.3g}  {r['past']:>8.3g}  {heads}")

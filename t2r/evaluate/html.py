@@ -48,7 +48,7 @@ small { color: #555; }
 
 def html(results: Results, folder: Path, images: dict[str, str]) -> str:
     """The page. images: task -> file of its plot in `folder`, whose .svg is put into the page."""
-    parts = [f"<h1>{escape(title(results))}</h1>", f"<p>{escape(headline(results)).replace('`', '')}</p>"]
+    parts = [f"<p>{escape(headline(results)).replace('`', '')}</p>"]
     parts += [f'<p class="warning">{escape(warning)}</p>' for warning in results.warnings()]
     parts += [f"<p>{escape(note)}</p>" for note in results.facts["notes"]]
     names = ["Recovery"] if results.recoveries() else []
@@ -60,15 +60,20 @@ def html(results: Results, folder: Path, images: dict[str, str]) -> str:
     for task in results.tasks:
         parts += [heading(task.name), f"<p>{escape(about(results, task))}</p>"]
         if task.name in images:
-            parts.append(f"<figure>{inline((folder / images[task.name]).with_suffix('.svg'), task.name)}</figure>")
+            parts.append(inline((folder / images[task.name]).with_suffix(".svg"), task.name))
         parts += [table(head, rows) for head, rows in tables(results, task)]
         parts += [f"<p>{escape(label)}</p><pre>{escape(text)}</pre>" for label, text in texts(results, task)]
     fingerprints = ", ".join(f"{label} {m['fingerprint']}" for label, m in results.models.items())
     parts.append(f"<p><small>Models: {escape(fingerprints)}. The numbers are in report.json.</small></p>")
+    return page(title(results), parts)
+
+
+def page(name: str, parts: list[str]) -> str:
+    """A whole page with this title and body."""
     head = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title(results))}</title><style>{STYLE}</style></head><body>"
+        f"<title>{escape(name)}</title><style>{STYLE}</style></head><body><h1>{escape(name)}</h1>"
     )
     return head + "\n".join(parts) + "</body></html>\n"
 
@@ -84,7 +89,8 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def inline(file: Path, name: str) -> str:
-    """The drawing without its XML head, its identifiers made this plot's own: a page holds several."""
+    """A drawing as a figure, its identifiers made its own: a page holds several."""
     text = file.read_text(encoding="utf-8")
     text = text[text.index("<svg") :]
-    return text.replace('id="', f'id="{name}-').replace('"#', f'"#{name}-').replace("url(#", f"url(#{name}-")
+    text = text.replace('id="', f'id="{name}-').replace('"#', f'"#{name}-').replace("url(#", f"url(#{name}-")
+    return f"<figure>{text}</figure>"

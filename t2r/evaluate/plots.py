@@ -23,14 +23,17 @@ def require_matplotlib() -> None:
 
 def plot(results, task: Task, folder: Path) -> str:
     """Draw a task's metrics that have an x, one line per model (NAME.png, NAME.svg in `folder`); the first's name."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, NullLocator, PercentFormatter
+    from matplotlib.ticker import (
+        EngFormatter,
+        FixedLocator,
+        FuncFormatter,
+        MaxNLocator,
+        NullLocator,
+        PercentFormatter,
+    )
 
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes, spec, unit = figure.add_subplot(), task.plot, ""
+    figure, axes = new_figure()
+    spec, unit = task.plot, ""
     ticks: set[float] = set()
     heights: list[float] = []
     outcomes = results.outcomes[task.name]
@@ -55,6 +58,8 @@ def plot(results, task: Task, folder: Path) -> str:
         axes.xaxis.set_major_locator(FixedLocator(sorted(ticks)))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: tokens(x)))
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if unit != "share" and max(heights) > 20 * min(heights) > 0:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))
@@ -64,15 +69,32 @@ def plot(results, task: Task, folder: Path) -> str:
     if unit == "bytes":
         axes.yaxis.set_major_formatter(EngFormatter("B"))
     axes.set(title=spec.title, xlabel=spec.x, ylabel=spec.y)
+    figure.legend(loc="outside lower center", ncols=min(3, len(results.models)), frameon=False)
+    return save(figure, folder, task.name)
+
+
+def new_figure():
+    """(figure, its one pair of axes)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=min(3, len(results.models)), frameon=False)
-    name = f"{task.name}.png"
-    figure.savefig(folder / name, dpi=150)
+    return figure, axes
+
+
+def save(figure, folder: Path, name: str) -> str:
+    """Write NAME.png and NAME.svg; the first's name."""
+    import matplotlib
+
+    figure.savefig(folder / f"{name}.png", dpi=150)
     # letters stay letters, and the same numbers give the same file
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": task.name}):
-        figure.savefig(folder / f"{task.name}.svg", metadata={"Date": None})
-    return name
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+    return f"{name}.png"
 
 
 def tokens(x: float) -> str:

@@ -68,6 +68,7 @@ class Results:
 
     def warnings(self) -> list[str]:
         outcomes = [pair for row in self.outcomes.values() for pair in row.items()]
+        outcomes = [(label, outcome) for label, outcome in outcomes if self.models[label]["what"] != ABLATION]
         found = [f"{label}: {warning}" for label, outcome in outcomes for warning in outcome.warnings]
         return found + list(self.idle_memories())
 
