@@ -105,9 +105,17 @@ def test_rotary_frequencies_do_not_change_with_the_length_of_the_text(tiny_llama
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=1e-3)
 
 
+def test_a_source_of_texts_hardly_longer_than_its_slots(tiny_llama, tmp_path):
+    """There is no text in which a sink is far away; all the rest is verified."""
+    save_source("qwen2", tmp_path / "source", tiny_llama, max_position_embeddings=64)
+    convert(str(tmp_path / "source"), str(tmp_path / "out"), slots=60, verify=False)
+    report = verify(tmp_path / "out", str(tmp_path / "source"))
+    assert report.passed and not any("far sinks" in check.name for check in report.checks), report
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_slots_cannot_equal_is_refused_with_the_reason(name):
-    assert name not in FAMILIES
+    assert name not in FAMILIES and name in CONFIG_MAPPING
     with pytest.raises(UserError, match=re.escape(f"{name!r}: {REFUSED[name]}")):
         family_of(name)
 

@@ -35,14 +35,20 @@ class Pages:
         """Read the part's tensors, as transformers would: experts are stored one by one and held as one tensor."""
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
+        from transformers.utils import logging
 
         stored = {name: name for name in self.source.names() if name.startswith(f"{part}.")}
         if part == "lm_head" and self.model.config.tie_word_embeddings:
             stored = {"lm_head.weight": "model.embed_tokens.weight"}
         tensors = {name: self.change(on_disk, self.source.tensor(on_disk)) for name, on_disk in stored.items()}
-        convert_and_load_state_dict_in_model(
-            self.model, tensors, LoadStateDictConfig(weight_mapping=self.mapping, dtype=self.model.dtype)
-        )
+        options = LoadStateDictConfig(weight_mapping=self.mapping, dtype=self.model.dtype)
+        shown = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()  # it would be one for every part
+        try:
+            convert_and_load_state_dict_in_model(self.model, tensors, options)
+        finally:
+            if shown:
+                logging.enable_progress_bar()
 
 
 def parts(model) -> list[tuple[str, nn.Module]]:
