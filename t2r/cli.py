@@ -169,6 +169,17 @@ def _validate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="for example stages.0.tokens=100000")
 
 
+def _bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", help="what to measure", **one_of("kernels"))
+    parser.add_argument(
+        "--shape", dest="shapes", action="append", default=[], metavar="B,T,HQ,H,D,M",
+        help="batch, tokens, query heads, kv heads, head dim, slots; may be repeated (default: seven)",
+    )  # fmt: skip
+    parser.add_argument("--gates", action="append", help="may be repeated (default: both)", **one_of("paper", "exact"))
+    parser.add_argument("--no-decode", dest="decode", action="store_false", help="skip the decode step")
+    parser.add_argument("--out", metavar="DIR", help="folder for bench.json and bench.png")
+
+
 VERBS = {
     "convert": Verb(
         "turn a pretrained Transformer into a Gated Slot Attention model",
@@ -286,6 +297,14 @@ VERBS = {
         "t2r validate mine.yaml",
         _validate,
         "t2r.run:validate",
+    ),
+    "bench": Verb(
+        "check and time the GPU kernels",
+        "Compares the GSA kernels with float64 on this GPU, then times them beside fla's (if it is installed) and "
+        "softmax attention.",
+        "t2r bench kernels --out bench",
+        _bench,
+        "t2r.bench:bench",
     ),
     "env": Verb(
         "print versions and hardware for a bug report",

@@ -1,0 +1,30 @@
+"""`t2r bench kernels` as far as it goes without a GPU."""
+
+import pytest
+import torch
+
+from t2r.bench import SHAPES, Timing, bench, parse_shape, plot, table
+from t2r.errors import UserError
+
+
+def test_the_table_and_the_plot(tmp_path):
+    rows = [Timing("8x2048", "ours, paper gates", 0.4, 1.5, 0.85, 0.31), Timing("1x1", "ours, decode", 0.02)]
+    assert table(rows).splitlines()[2:] == [
+        "| 8x2048 | ours, paper gates | 0.400 | 1.50 | 0.85 | 31% |",
+        "| 1x1 | ours, decode | 0.020 |  |  |  |",
+    ]
+    plot(rows, tmp_path / "bench.png")
+    assert (tmp_path / "bench.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_shapes():
+    assert parse_shape("8,2048,32,8,128,64") == SHAPES[0]
+    for text in ("8,2048", "a,b,c,d,e,f", "1,2,3,4,5,6,7"):
+        with pytest.raises(UserError, match="six numbers"):
+            parse_shape(text)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_no_gpu_is_one_line():
+    with pytest.raises(UserError, match="there is none here"):
+        bench("kernels", [], None, True, None)
