@@ -75,6 +75,8 @@ def test_the_arguments_of_a_verb_fit_its_target(name):
         "push": ["folder", "me/model"],
         "export": ["folder", "out"],
         "compare": ["original", "converted"],
+        "eval": ["model", "--batch-size", "auto"],
+        "leaderboard": ["runs", "--out", "out"],
         "finetune": ["--config", "x", "a=1", "--out", "out"],
         "plan": ["x", "a=1", "--gpu", "h200", "--gpus", "8"],
         "prepare": ["x", "a=1"],

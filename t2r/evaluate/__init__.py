@@ -39,10 +39,24 @@ def compare(
     return measure(request, device, log_samples)
 
 
-def evaluate(model: str, **options) -> dict:
-    """Evaluate one model: `compare` without an original. Tasks that compare with one are left out."""
+def evaluate(
+    model: str,
+    recipe: str = "quick",
+    out: str | None = None,
+    limit: int | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    data: str | None = None,
+    batch_size: int | str | None = None,
+    log_samples: bool = False,
+    allow_code: bool = False,
+) -> dict:
+    """Evaluate one model: `compare` without an original, with the same arguments.
+
+    out: by default runs/eval-LABEL. Tasks that compare a model with its original are left out.
+    """
     from t2r.evaluate.measure import measure
     from t2r.evaluate.run import Request
 
-    device, log_samples = options.pop("device", None), options.pop("log_samples", False)
-    return measure(Request((model,), **options), device, log_samples)
+    request = Request((model,), recipe, out, limit, dtype, data, batch_size, allow_code)
+    return measure(request, device, log_samples)

@@ -7,8 +7,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
+from numbers import Real
 from pathlib import Path
 from typing import Any, ClassVar
+
+import numpy
 
 from t2r.errors import UserError, nearest
 from t2r.evaluate.statistics import Metric, perplexity, score, share
@@ -160,15 +163,16 @@ class Harness(Task):
                 if self.metrics and key not in self.metrics:
                     continue
                 values = [sample[key] for sample in own]
-                if not all(isinstance(value, int | float | bool) for value in values):
+                if not all(isinstance(value, Real | numpy.bool_) for value in values):
                     continue
+                values = [float(value) for value in values]
                 name = key if len(filters) == 1 else f"{key}, {chosen}"
                 if key in ("perplexity", "ppl"):
                     metrics.append(perplexity(name, [-value for value in values]))
                 elif set(values) <= {0, 1}:
                     metrics.append(share(name, values, chance=chance(own)))
                 else:
-                    metrics.append(score(name, [float(value) for value in values]))
+                    metrics.append(score(name, values))
         if not metrics:
             raise UserError(f"none of the metrics {self.metrics}", where=f"task {self.name}", nearest=own[0]["metrics"])
         return metrics

@@ -4,8 +4,10 @@ from html import escape
 from pathlib import Path
 
 from t2r.evaluate.report import (
+    LONG,
     RECOVERY,
     about,
+    folded,
     headline,
     models_table,
     recovery_table,
@@ -31,7 +33,7 @@ thead th { border-bottom: 2px solid #888; vertical-align: bottom; }
 .warning { border-left: .3rem solid #d55e00; padding: .4rem .8rem; background: #fdf1e7; }
 figure { margin: 1rem 0; }
 figure svg { width: 100%; height: auto; max-width: 44rem; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f5f5f5; padding: .6rem; font-size: .85rem; }
+pre { overflow-x: auto; white-space: pre-wrap; background: #f5f5f5; padding: .6rem; font-size: .85rem; }
 small { color: #555; }
 @media print {
   body { max-width: none; padding: 0; font-size: 10pt; }
@@ -62,7 +64,9 @@ def html(results: Results, folder: Path, images: dict[str, str]) -> str:
         if task.name in images:
             parts.append(inline((folder / images[task.name]).with_suffix(".svg"), task.name))
         parts += [table(head, rows) for head, rows in tables(results, task)]
-        parts += [f"<p>{escape(label)}</p><pre>{escape(text)}</pre>" for label, text in texts(results, task)]
+        for label, text in texts(results, task):
+            body = f"<pre>{escape(text)}</pre>"
+            parts.append(f"<p>{escape(label)}</p>{body}" if len(text) < LONG else folded(escape(label), body))
     fingerprints = ", ".join(f"{label} {m['fingerprint']}" for label, m in results.models.items())
     parts.append(f"<p><small>Models: {escape(fingerprints)}. The numbers are in report.json.</small></p>")
     return page(title(results), parts)

@@ -37,8 +37,17 @@ def markdown(results: Results, images: dict[str, str]) -> str:
         if task.name in images:
             parts.insert(-1, f"![{task.plot.title}]({images[task.name]})")
         for label, text in texts(results, task):
-            parts.append(f"{label}:\n\n```text\n{text}\n```")
+            text = f"```text\n{text}\n```"
+            parts.append(f"{label}:\n\n{text}" if len(text) < LONG else folded(label, f"\n\n{text}\n\n"))
     return "\n\n".join(parts) + "\n"
+
+
+LONG = 1500  # characters of a text that is folded away
+
+
+def folded(label: str, body: str) -> str:
+    """HTML, which Markdown may hold."""
+    return f"<details><summary>{label}</summary>{body}</details>"
 
 
 RECOVERY = (
@@ -88,7 +97,7 @@ def tables(results: Results, task: Task) -> Iterator[tuple[list[str], list[list[
     """(head, rows) of the numbers of a task, and of their changes against the original."""
     outcomes = results.outcomes[task.name]
     labels = [label for label in results.models if label in outcomes]
-    rows = [[name, *(cell(row.get(label)) for label in labels)] for name, row in results.metrics(task)]
+    rows = [[name, *(cell(row.get(label)) for label in labels)] for name, row in numbers(results, task)]
     if rows:
         yield ["", *labels], rows
     found = {(name, label): change_cell(change) for name, label, change in results.changes(task)}
@@ -96,6 +105,11 @@ def tables(results: Results, task: Task) -> Iterator[tuple[list[str], list[list[
     if found:
         head = [f"change against {next(iter(results.models))}, same items", *others]
         yield head, [[name, *(found.get((name, label), "") for label in others)] for name in names]
+
+
+def numbers(results: Results, task: Task) -> Iterator[tuple[str, dict[str, Metric]]]:
+    """The metrics of a task that go into a table: those of single layers are in its plot and its text."""
+    return ((name, row) for name, row in results.metrics(task) if not re.fullmatch(r"layer \d+", name))
 
 
 def texts(results: Results, task: Task) -> Iterator[tuple[str, str]]:
@@ -162,9 +176,7 @@ def summary(results: Results) -> str:
     rows = [["", *labels]]
     for task in results.tasks:
         rows += [
-            [f"{task.name} {name}", *(cell(row.get(label)) for label in labels)]
-            for name, row in results.metrics(task)
-            if not re.fullmatch(r"layer \d+", name)
+            [f"{task.name} {name}", *(cell(row.get(label)) for label in labels)] for name, row in numbers(results, task)
         ]
     if results.recoveries():
         head, kept = recovery_table(results)
