@@ -149,12 +149,12 @@ def test_verify_measures_a_wrong_layer(converted, tiny_llama, tmp_path):
 
 
 def test_a_conversion_that_does_not_verify_leaves_nothing(tiny_llama, tmp_path, monkeypatch):
-    real = writer.FolderWriter.add_piece
+    real = writer.FolderWriter.add_copy
 
-    def damage(self, name, start, values):
-        real(self, name, start, values * 1.01 if name == "model.norm.weight" else values)
+    def damage(self, name, file, offset):
+        real(self, name, file, offset - 2 * (name == "model.norm.weight"))
 
-    monkeypatch.setattr(writer.FolderWriter, "add_piece", damage)
+    monkeypatch.setattr(writer.FolderWriter, "add_copy", damage)
     with pytest.raises(UserError, match="does not equal its source"):
         convert(str(tiny_llama), str(tmp_path / "out"))
     assert not list(tmp_path.iterdir())
@@ -219,15 +219,15 @@ KILLED = """
 import os, signal, sys
 from t2r.convert import convert, writer
 
-added, real = [], writer.FolderWriter.add_piece
+complete, real = [], writer.FolderWriter._complete
 
-def die_in_the_twelfth_tensor(self, name, start, values):
-    added.append(name)
-    real(self, name, start, values[: len(values) // 2] if len(added) == 12 else values)
-    if len(added) == 12:
+def die_before_the_twelfth(self, name):
+    complete.append(name)
+    if len(complete) == 12:
         os.kill(os.getpid(), signal.SIGKILL)
+    real(self, name)
 
-writer.FolderWriter.add_piece = die_in_the_twelfth_tensor
+writer.FolderWriter._complete = die_before_the_twelfth
 convert(sys.argv[1], sys.argv[2], verify=False, shard_size=60_000)
 """
 
@@ -241,8 +241,8 @@ def test_a_killed_conversion_goes_on(tiny_llama, tmp_path, capfd, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == [".out.partial"]
     convert(str(tiny_llama), str(whole), verify=False, shard_size=60_000)
 
-    added, real = [], writer.FolderWriter.add_piece
-    monkeypatch.setattr(writer.FolderWriter, "add_piece", lambda *args: (added.append(args[1]), real(*args)))
+    added, real = [], writer.FolderWriter._complete
+    monkeypatch.setattr(writer.FolderWriter, "_complete", lambda self, name: (added.append(name), real(self, name)))
     capfd.readouterr()
     convert(str(tiny_llama), str(out), verify=False, shard_size=60_000)
     total = len(json.loads((out / "conversion.json").read_text())["tensors"])

@@ -1,5 +1,6 @@
 """Folders are exact, atomic and written in little memory."""
 
+import errno
 import json
 import os
 import shutil
@@ -106,6 +107,31 @@ def test_pieces_come_in_order(tmp_path):
         with pytest.raises(ValueError, match="double has no place for"):
             folder.add_piece("double", 7, torch.zeros(1, dtype=torch.float64))
     assert torch.equal(load_file(tmp_path / "out/model.safetensors")["double"], TENSORS["double"])
+
+
+@pytest.mark.parametrize("kernel", ["copies", "has no such call", "refuses two devices"])
+def test_copies_of_another_file(tmp_path, kernel, monkeypatch):
+    """Unaligned offsets, in the kernel or through memory."""
+    if kernel == "has no such call":
+        monkeypatch.delattr(os, "copy_file_range", raising=False)
+    if kernel == "refuses two devices":
+
+        def refuse(*args):
+            raise OSError(errno.EXDEV, "two devices")
+
+        monkeypatch.setattr(os, "copy_file_range", refuse, raising=False)
+    tensors = {name: torch.randint(0, 255, (n,), dtype=torch.uint8) for name, n in (("a", 3_000_001), ("b", 17))}
+    (tmp_path / "source").write_bytes(b"x" * 5 + bytes(tensors["a"].numpy()) + bytes(tensors["b"].numpy()))
+    with FolderWriter(tmp_path / "out", plan_of(tensors)) as folder:
+        folder.add_copy("a", tmp_path / "source", 5)
+        folder.add_copy("b", tmp_path / "source", 3_000_006)
+        with pytest.raises(ValueError, match="added already"):
+            folder.add_copy("a", tmp_path / "source", 5)
+    loaded = load_file(tmp_path / "out/model.safetensors")
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+    with pytest.raises(UserError, match="became shorter"), FolderWriter(tmp_path / "short", plan_of(tensors)) as folder:
+        folder.add_copy("a", tmp_path / "source", 3_000_000)
+    assert not (tmp_path / "short").exists()
 
 
 def test_folder_has_ordinary_permissions(tmp_path):

@@ -156,16 +156,19 @@ def write_weights(plan, writer, hashing: bool) -> dict[str, str] | None:
         for name, start, values in source.pieces(skip=writer.written, digests=digests):
             if not all_finite(values):
                 raise UserError(f"tensor {name} holds NaN or infinite values", where=source.path)
-            if name in tied and not start:
-                embedding = source.tensor("model.embed_tokens.weight").flatten()
-            if name not in tied:
+            if name in tied:
+                if not start:
+                    embedding = source.tensor("model.embed_tokens.weight").flatten()
+                if not torch.equal(values, embedding[start : start + len(values)]):
+                    raise UserError(
+                        f"{name} differs from model.embed_tokens.weight, but the config ties them",
+                        where=source.path,
+                        nearest='"tie_word_embeddings": false in config.json',
+                    )
+            elif targets[name][1] != source.dtype(name) or not (place := source.place(name)):
                 writer.add_piece(name, start, values.to(targets[name][1]))
-            elif not torch.equal(values, embedding[start : start + len(values)]):
-                raise UserError(
-                    f"{name} differs from model.embed_tokens.weight, but the config ties them",
-                    where=source.path,
-                    nearest='"tie_word_embeddings": false in config.json',
-                )
+            elif not start:
+                writer.add_copy(name, *place)
             bar.update(values.nbytes)
     for name, tensor in plan.new_tensors.items():
         if name not in writer.written:

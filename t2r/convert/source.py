@@ -162,6 +162,11 @@ class Source:
         """Bytes of the tensor in memory."""
         return torch.Size(self.shape(name)).numel() * self.dtype(name).itemsize
 
+    def place(self, name: str) -> tuple[Path, int] | None:
+        """File and offset of a tensor's bytes, or None where they are not stored as they are read."""
+        stored = self._stored[name]
+        return None if self.is_quantised or stored.offset is None else (stored.file, stored.offset)
+
     @property
     def files(self) -> list[Path]:
         """The files that hold the tensors, in storage order."""

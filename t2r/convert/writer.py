@@ -1,5 +1,6 @@
 """A model folder that appears complete or not at all, written one tensor at a time."""
 
+import errno
 import hashlib
 import json
 import os
@@ -7,6 +8,7 @@ import secrets
 import shlex
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
 
@@ -64,6 +66,8 @@ class FolderWriter:
         self._lock: int | None = None
         self._open: dict[Path, FileIO] = {}
         self._begun: dict[str, int] = {}  # elements written of each tensor that is not complete
+        self._pool = ThreadPoolExecutor(1)
+        self._copying: tuple[str, Future] | None = None
         check_absent(self.out)
 
     def __enter__(self) -> "FolderWriter":
@@ -113,12 +117,34 @@ class FolderWriter:
             if start + len(values) < size:
                 self._begun[name] = start + len(values)
                 return
-            del self._places[name]
-            if self._mark:
-                with open(self.path / JOURNAL, "a", encoding="utf-8") as journal:
-                    journal.write(json.dumps(name) + "\n")
+            self._complete(name)
         except OSError as error:
             raise UserError(f"cannot write tensor {name}: {error.strerror}", where=self.out) from error
+
+    def add_copy(self, name: str, file: Path, offset: int) -> None:
+        """Have the kernel copy a tensor's bytes from `offset` of `file`, while the caller goes on; one at a time."""
+        self._end_copy()
+        if name not in self._places or name in self._begun:
+            raise ValueError(f"tensor {name} is not in the plan, or added already")
+        target, position = self._places[name]
+        self._copying = name, self._pool.submit(_copy, file, offset, target, position, self.nbytes(name))
+
+    def _end_copy(self) -> None:
+        if self._copying:
+            name, copying = self._copying
+            try:
+                copying.result()
+                self._complete(name)
+            except OSError as error:
+                raise UserError(f"cannot write tensor {name}: {error.strerror}", where=self.out) from error
+            self._copying = None
+
+    def _complete(self, name: str) -> None:
+        """Note that all of a tensor is written."""
+        del self._places[name]
+        if self._mark:
+            with open(self.path / JOURNAL, "a", encoding="utf-8") as journal:
+                journal.write(json.dumps(name) + "\n")
 
     def nbytes(self, name: str) -> int:
         """Bytes of a tensor of the plan."""
@@ -126,9 +152,10 @@ class FolderWriter:
 
     def flush(self) -> None:
         """Return when all that was added is on disk."""
+        self._end_copy()
         try:
-            for file in self._open.values():
-                os.fsync(file.fileno())
+            for file in {self._files[name] for name in self.plan}:
+                _sync(file)
         except OSError as error:
             raise UserError(f"cannot write: {error.strerror}", where=self.out) from error
 
@@ -168,10 +195,10 @@ class FolderWriter:
         journal.write_text("\n".join([self._mark, *map(json.dumps, sorted(self.written)), ""]), encoding="utf-8")
 
     def _finish(self) -> None:
+        self.flush()
         if self._places:
             missing = list(self._places)
             raise ValueError(f"{len(missing)} planned tensors were never added, the first is {missing[0]}")
-        self.flush()
         (self.path / JOURNAL).unlink(missing_ok=True)
         for path in [*self.path.rglob("*"), self.path]:
             _sync(path)
@@ -183,6 +210,7 @@ class FolderWriter:
 
     def _discard(self) -> None:
         """Remove what was not renamed, with the parents that were made for it."""
+        self._pool.shutdown(cancel_futures=True)
         for file in self._open.values():
             file.close()
         if self._owned:
@@ -230,6 +258,26 @@ class FolderWriter:
         }
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (self.path / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+def _copy(source: Path, offset: int, target: Path, position: int, size: int) -> None:
+    """Copy bytes between files within the kernel, or through memory where it cannot (other systems, two devices)."""
+    with open(source, "rb", buffering=0) as reader, open(target, "r+b", buffering=0) as writer:
+        kernel = hasattr(os, "copy_file_range")
+        while size:
+            try:
+                if not kernel:
+                    done = os.pwrite(writer.fileno(), os.pread(reader.fileno(), min(size, 1 << 20), offset), position)
+                else:
+                    done = os.copy_file_range(reader.fileno(), writer.fileno(), min(size, 1 << 26), offset, position)
+            except OSError as error:
+                if not kernel or error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                    raise
+                kernel = False
+                continue
+            if not done:
+                raise UserError("the file became shorter while it was read", where=source)
+            offset, position, size = offset + done, position + done, size - done
 
 
 def _fingerprint(*parts: object) -> str:
