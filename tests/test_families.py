@@ -24,7 +24,7 @@ SIZES = {
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LONGROPE = {
     "rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.75, "short_factor": [1.0, 1.5, 2.0],
-    "long_factor": [4.0, 6.0, 8.0], "original_max_position_embeddings": 512,
+    "long_factor": [4.0, 6.0, 8.0],
 }  # fmt: skip
 MIXED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 40}
 SPECIAL = {
@@ -37,7 +37,8 @@ SPECIAL = {
     "mixtral": {"num_local_experts": 3, "num_experts_per_tok": 2},
     "olmo2": {},  # norms over all of q and all of k
     "olmo3": {**MIXED, "rope_parameters": {"full_attention": LLAMA3 | {"original_max_position_embeddings": 64}}},
-    "phi3": {"rope_parameters": LONGROPE},  # one matrix for q, k and v
+    # one matrix for q, k and v
+    "phi3": {"rope_parameters": LONGROPE, "original_max_position_embeddings": 512, "sliding_window": 600},
     "qwen2": {},  # biases on q, k and v
     "qwen3": {"head_dim": 24, "attention_bias": True},  # a norm on each head of q and k
     "qwen3_moe": {"head_dim": 24, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
@@ -97,12 +98,18 @@ def test_rotary_frequencies_do_not_change_with_the_length_of_the_text(tiny_llama
     """phi3 has other frequencies beyond its original context: keys that slots hold already cannot follow."""
     save_source("phi3", tmp_path / "source", tiny_llama)
     convert(str(tmp_path / "source"), str(tmp_path / "out"), slots=8, sinks=2, verify=False)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    teacher, model = (AutoModelForCausalLM.from_pretrained(tmp_path / name).eval() for name in ("source", "out"))
     ids, cache = torch.randint(3, 200, (1, 700)), DynamicCache(config=model.config)
+    frequencies = model.model.rotary_emb.inv_freq.clone()
+    assert torch.equal(teacher.model.rotary_emb.inv_freq, frequencies)
+    assert teacher.model.rotary_emb.attention_scaling == model.model.rotary_emb.attention_scaling > 1
     with torch.no_grad():
+        teacher(ids)
         whole = model(ids).logits
         parts = [model(ids[:, a:b], past_key_values=cache).logits for a, b in ((0, 500), (500, 520), (520, 700))]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=1e-3)
+    assert torch.equal(model.model.rotary_emb.inv_freq, frequencies)
+    assert not torch.equal(teacher.model.rotary_emb.inv_freq, frequencies)
 
 
 def test_a_source_of_texts_hardly_longer_than_its_slots(tiny_llama, tmp_path):
