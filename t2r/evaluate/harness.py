@@ -159,8 +159,8 @@ class Harness(Task):
         metrics = []
         for chosen in filters:
             own = [sample for sample in samples if sample["filter"] == chosen]
-            for key in own[0]["metrics"]:
-                if self.metrics and key not in self.metrics:
+            for key in self.metrics or own[0]["metrics"]:
+                if key not in own[0]["metrics"]:
                     continue
                 values = [sample[key] for sample in own]
                 if not all(isinstance(value, Real | numpy.bool_) for value in values):

@@ -93,29 +93,37 @@ def longest_first(lengths: Sequence[int]) -> list[int]:
 def score(model, passages: list[Passage], batch_size: int | None) -> list[Score]:
     """Score each passage, in the order given.
 
-    Batches are padded on the right: no token of a causal model sees what follows it, so a score depends neither on the
-    padding nor on the batch.
+    Passages that differ in their last token only, such as the letters of a question's options, are read once. Batches
+    are padded on the right: no token of a causal model sees what follows it, so a score depends neither on the padding
+    nor on the batch.
     """
-    order = longest_first([len(passage.ids) for passage in passages])
+    shared: dict[tuple[int, ...], list[int]] = {}
+    for i, passage in enumerate(passages):
+        shared.setdefault(tuple(passage.ids[:-1]), []).append(i)
+    texts = list(shared.items())
+    order = [texts[i] for i in longest_first([len(read) for read, _ in texts])]
     scores: dict[int, Score] = {}
     batches(order, batch_size, model.device, lambda batch: scores.update(score_batch(model, passages, batch)))
     return [scores[i] for i in range(len(passages))]
 
 
-def score_batch(model, passages: list[Passage], batch: Sequence[int]) -> Iterator[tuple[int, Score]]:
-    """(i, score) of passages[i] for each i of the batch, the longest first."""
-    width = len(passages[batch[0]].ids) - 1
-    first = min(passages[i].start for i in batch) - 1  # logits before it predict no continuation
+def score_batch(
+    model, passages: list[Passage], batch: Sequence[tuple[tuple[int, ...], list[int]]]
+) -> Iterator[tuple[int, Score]]:
+    """(i, score) of passages[i] for each (tokens to read, the passages i that they belong to), the longest first."""
+    width = len(batch[0][0])
+    first = min(passages[i].start for _, own in batch for i in own) - 1  # logits before it predict no continuation
     ids = torch.zeros(len(batch), width, dtype=torch.long)
-    for row, i in enumerate(batch):
-        ids[row, : len(passages[i].ids) - 1] = torch.tensor(passages[i].ids[:-1])
+    for row, (read, _) in enumerate(batch):
+        ids[row, : len(read)] = torch.tensor(read)
     logits = model(ids.to(model.device), use_cache=False, logits_to_keep=width - first).logits
-    for row, i in enumerate(batch):
-        tokens, start = passages[i]
-        target = torch.tensor(tokens[start:], device=logits.device)
-        own = logits[row, start - 1 - first : len(tokens) - 1 - first]
-        right = int((own.argmax(-1) == target).sum())
-        yield i, Score(losses(own, target).sum().item(), right == len(target), right)
+    for row, (_, own) in enumerate(batch):
+        for i in own:
+            tokens, start = passages[i]
+            target = torch.tensor(tokens[start:], device=logits.device)
+            given = logits[row, start - 1 - first : len(tokens) - 1 - first]
+            right = int((given.argmax(-1) == target).sum())
+            yield i, Score(losses(given, target).sum().item(), right == len(target), right)
 
 
 @torch.inference_mode()

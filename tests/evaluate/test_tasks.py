@@ -73,6 +73,8 @@ def naive_score(model, passage):
 def test_scores_depend_neither_on_the_batch_nor_on_its_padding(model, batch_size):
     lengths = [(3, 1), (40, 39), (25, 20), (25, 3), (60, 55), (2, 1), (33, 30)]
     passages = [Passage(torch.randint(2, 258, (length,)).tolist(), start) for length, start in lengths]
+    # three that differ in their last token only, one of them split elsewhere
+    passages += [Passage([*range(40, 70), last], start) for last, start in ((7, 30), (8, 30), (9, 20))]
     passages.append(Passage([*range(2, 30), *greedy(model, torch.arange(2, 30)[None], 4)[0]], 28))
     scores = score(model, passages, batch_size)
     expected = [naive_score(model, passage) for passage in passages]
