@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -117,8 +118,8 @@ def test_extreme_gates(spec, gate):
 
 
 def test_hard_ring_at_its_start():
-    """The exact start: gate logits are 0, a write is exactly 1 and keeps exactly nothing. The gates' gradient is that of
-    what the overwrite cut off, which no division by alpha = 0 can give."""
+    """The exact start: gate logits are 0, a write is exactly 1 and keeps exactly nothing. The gates' gradient is that
+    of what the overwrite cut off, which no division by alpha = 0 can give."""
 
     def change(args):
         args["gate"].zero_()
@@ -265,3 +266,55 @@ def test_small_functions_against_float64(tmp_path):
     script = tmp_path / "small.py"  # triton.jit reads a function's source from its file
     script.write_text(SMALL_FUNCTIONS.replace("DEVICE", repr(DEVICE)))
     subprocess.run([sys.executable, script], check=True)
+
+
+GPU_SHAPES = [
+    {"T": T, "H": 2, "G": G, "D": D, "M": M, "B": 2}
+    for T, G, D, M in [
+        (1, 4, 128, 64), (15, 1, 64, 16), (63, 2, 64, 32), (64, 3, 64, 64), (65, 4, 128, 64), (100, 8, 128, 64),
+        (1000, 4, 128, 64), (2049, 3, 64, 64), (257, 4, 80, 64), (257, 4, 96, 128), (257, 2, 256, 64),
+        (257, 4, 128, 128), (257, 4, 128, 256), (257, 1, 256, 256), (257, 5, 64, 128),
+        (257, 6, 128, 16), (257, 7, 128, 32),
+    ]
+]  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("spec", [*SPECS.values(), HARD_CLOCK], ids=[*SPECS, "hard_clock"])
+@pytest.mark.parametrize("shape", GPU_SHAPES, ids=str)
+def test_on_a_gpu(spec, shape, dtype):
+    if spec.ring > shape["M"]:
+        spec = replace(spec, ring=shape["M"])
+    compare(spec, dtype, shape=shape)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_mixed_extreme_gates_on_a_gpu(dtype):
+    def change(args):
+        args["gate"].copy_(WILD[torch.randint(0, 6, args["gate"].shape, generator=torch.Generator().manual_seed(5))])
+
+    compare(
+        LONG_SLOTS, dtype, change=change, shape={"T": 200, "D": 128, "M": 64}, tolerance=max(5e-5, TOLERANCE[dtype])
+    )
+
+
+@pytest.mark.gpu
+def test_many_documents_on_a_gpu():
+    lengths = torch.randint(0, 200, (40,), generator=torch.Generator().manual_seed(0))
+    bounds = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
+    compare(PAPER, torch.bfloat16, shape={"T": int(bounds[-1]), "documents": 40, "M": 64}, cu_seqlens=bounds)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("spec", [PAPER, HARD_CLOCK], ids=["paper", "hard_clock"])
+def test_a_long_text_on_a_gpu(spec):
+    """65,536 tokens against the PyTorch form in float64; and twice the same bits."""
+    mine, moved, exact, state = inputs(spec, torch.bfloat16, T=65536, G=4, D=128, M=64)
+    exact = {name: x.detach().cuda().requires_grad_() for name, x in exact.items()}
+    state = SlotState(*(x.detach().cuda().requires_grad_() for x in state[:3]), moved.position)
+    got = results(mine, moved, spec, "triton")
+    assert_same(got, results(exact, state, spec, "torch"), TOLERANCE[torch.bfloat16])
+    again = results(mine, moved, spec, "triton")
+    assert all(torch.equal(got[name], again[name]) for name in got)

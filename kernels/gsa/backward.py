@@ -74,15 +74,15 @@ def load_output_gradient(do, positions, row0, h, H, G, g0, count, HAS_POSITIONS:
 
 @triton.jit
 def flow(
-    u, x, y, pairs, own, states, first, state_row, L, label, anchors, w, classes, dy, dy_first, dy_t, count, dw, dlog, gains,
-    pid, again, tiles_again, LINEAR: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    u, x, y, pairs, own, states, first, state_row, L, label, anchors, w, classes, dy, dy_first, dy_t, count, dw, dlog,
+    gains, pid, again, tiles_again, LINEAR: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     M: tl.constexpr, C: tl.constexpr, GB: tl.constexpr,
 ):  # fmt: skip
     """What rows x [R,D] read, r_i = (state e^{L_i} + sum_{j <= i} e^{L_i - L_j} w_j y_j)^T x_i, and its backward for a
     gradient u [R,M]: adds to dy, dw, dlog and the gain of the state's adjoint; pairs and own as `meet` returns them.
 
     Returns r [R,M] and the gradient of x [R,D]."""
-    # Sums over the same tiles follow each other, and tiles loaded anew do not occupy registers from one use to the next.
+    # sums over the same tiles follow each other; tiles loaded anew occupy no registers from one use to the next
     tl.debug_barrier()
     Lc, labels, weight = load_tile(L, pid, C, M), load_tile(label, pid, C, M), load_tile(w, pid, C, M)
     state = load_state(states, first, state_row, D, BD, M)
@@ -137,8 +137,8 @@ def inner_kernel(
     D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
     GB: tl.constexpr,
 ):  # fmt: skip
-    """One chunk and kv head, GB query heads at a time: dq [B,T,H*G,D]; dk, dv [B,T,H,D|E] inside the chunk; tiles dw and
-    dlog [n,H,C,M] float32; adjoint [n,H,D+E,M] and d_occupancy [n,H,M]: the gains for the reverse scan."""
+    """One chunk and kv head, GB query heads at a time: dq [B,T,H*G,D]; dk, dv [B,T,H,D|E] inside the chunk; tiles dw
+    and dlog [n,H,C,M] float32; adjoint [n,H,D+E,M] and d_occupancy [n,H,M]: the gains for the reverse scan."""
     pid = tl.program_id(0)
     chunk, h = pid // H, pid % H
     row, begin, count = chunk_span(table, chunk, T, chunks_per_row, C, PACKED)
@@ -173,8 +173,8 @@ def inner_kernel(
         xv = load_rows(v, row * v_b + begin * v_t + h * v_h, v_t, 0, count, 1, C, 1, E, BE).to(DTYPE)
         ov, own = triangle(tl.dot(xo, tl.trans(xv), input_precision=PRECISION), C, GB)
         dp, _dx = flow(
-            p, xo, xv, ov.to(DTYPE), own, states, first, D, L, label, anchors, w, classes, dv, (row0 * H + h) * E, H * E,
-            count, dw, dlog, adjoint, pid, again, again, LINEAR, PRECISION, E, BE, M, C, GB,
+            p, xo, xv, ov.to(DTYPE), own, states, first, D, L, label, anchors, w, classes, dv, (row0 * H + h) * E,
+            H * E, count, dw, dlog, adjoint, pid, again, again, LINEAR, PRECISION, E, BE, M, C, GB,
         )  # fmt: skip
         dl, dz = read_backward(p, dp, logits, z, scale, OCCUPANCY)
         if OCCUPANCY:

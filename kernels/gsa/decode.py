@@ -20,8 +20,8 @@ def step_kernel(
     D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, M: tl.constexpr, G: tl.constexpr,
     GP: tl.constexpr,
 ):  # fmt: skip
-    """keys [N,H,M,D], values [N,H,M,E], occupancy [N,H,M] (bfloat16 or float32) -> the same after the token, which may be
-    the same tensors, and o [N,1,H*G,E]. positions [N]: -1 is padding, which changes nothing and reads 0."""
+    """keys [N,H,M,D], values [N,H,M,E], occupancy [N,H,M] (bfloat16 or float32) -> the same after the token, which may
+    be the same tensors, and o [N,1,H*G,E]. positions [N]: -1 is padding, which changes nothing and reads 0."""
     n, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     m, d, e, g = tl.arange(0, M), tl.arange(0, BD), tl.arange(0, BE), tl.arange(0, GP)
     if HAS_POSITIONS:

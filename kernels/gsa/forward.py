@@ -44,8 +44,8 @@ def written_kernel(
     HAS_S: tl.constexpr, HAS_POSITIONS: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Of one chunk and head: states [n,H,D+E,M] = sum_j e^{L_end - L_j} w_j [k_j, v_j], decay [n,H,M] = L_end, occupancy
-    [n,H,M] likewise if asked; the tiles L (float32), label (int8) and w [n,H,C,M], L at the first token of
+    """Of one chunk and head: states [n,H,D+E,M] = sum_j e^{L_end - L_j} w_j [k_j, v_j], decay [n,H,M] = L_end,
+    occupancy [n,H,M] likewise if asked; the tiles L (float32), label (int8) and w [n,H,C,M], L at the first token of
     every class (anchors [n,H,C,M], by label) and the last label [n,H]."""
     pid = tl.program_id(0)
     chunk, h = pid // H, pid % H
@@ -57,11 +57,11 @@ def written_kernel(
     log_alpha, weight, _ = load_gates(
         gate, s, write, keep, position, row0, count, h, H, damping, FORM, RING, SINKS, HAS_S, C, M
     )
-    total, labels = classify(log_alpha, FORM)
+    total, labels = tl.cumsum(log_alpha, axis=0), classify(log_alpha, FORM)
     add_tile(L, total, pid, False, C, M)
     add_tile(label, labels, pid, False, C, M)
     add_tile(w, weight, pid, False, C, M)
-    classes = tl.max(tl.max(labels, axis=1), axis=0).to(tl.int32)
+    classes = tl.max(tl.max(labels, axis=1), axis=0)
     tl.store(last + pid, classes)
     m = tl.arange(0, M)
     for c in range(0, classes + 1):

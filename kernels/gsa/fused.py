@@ -57,8 +57,8 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, occupancy: bool, s: T
 
 
 def chunk_table(cu_seqlens: Tensor, total: int, chunk: int) -> tuple[Tensor, Tensor]:
-    """Chunks of packed documents [N+1] without a host read: table [n,2] (first token, tokens; 0 tokens where a row is not
-    used, as n counts for the worst case) and bounds [N+1], the first chunk of each document."""
+    """Chunks of packed documents [N+1] without a host read: table [n,2] (first token, tokens; 0 tokens where a row is
+    not used, as n counts for the worst case) and bounds [N+1], the first chunk of each document."""
     lengths = cu_seqlens.diff()
     bounds = torch.cat([lengths.new_zeros(1), (lengths + chunk - 1).div(chunk, rounding_mode="floor").cumsum(0)])
     index = torch.arange(total // chunk + lengths.shape[0], device=cu_seqlens.device)
@@ -106,8 +106,9 @@ class Launch:
                           "RING": ring, "HAS_S": s is not None}  # fmt: skip
         self.query_args = {"q": q, "q_sink": q_sink, "HAS_SINK": q_sink is not None, "G": HQ // H, "scale": scale,
                            **strides("q", q)}  # fmt: skip
-        self.tiles = {"L": self.scratch(self.tile.chunk, M), "label": self.scratch(self.tile.chunk, M, dtype=torch.int8),
-                      "w": self.scratch(self.tile.chunk, M, dtype=self.dtype), "anchors": self.scratch(self.tile.chunk, M),
+        C = self.tile.chunk
+        self.tiles = {"L": self.scratch(C, M), "label": self.scratch(C, M, dtype=torch.int8),
+                      "anchors": self.scratch(C, M), "w": self.scratch(C, M, dtype=self.dtype),
                       "last": self.scratch(dtype=torch.int32)}  # fmt: skip
         self.decay = self.scratch(M)
 
@@ -175,8 +176,10 @@ def gsa_forward(
     form: str, damping: float, ring: int, sinks: int, normalised: bool, silu: bool, scale: float, final: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """o and the final memory (empty tensors unless `final`). Arguments as gsa(), the spec spelled out."""
-    launch = Launch(*prepare(q, k, v, q_sink, gate, s, silu), write, keep, positions, table, bounds, form, damping, ring,
-                    sinks, normalised, scale)  # fmt: skip
+    launch = Launch(
+        *prepare(q, k, v, q_sink, gate, s, silu), write, keep, positions, table, bounds, form, damping, ring, sinks,
+        normalised, scale,
+    )  # fmt: skip
     end = launch.state() if final else None
     memory = launch.write(None if keys is None else (keys, values, occupancy), end)
     o = torch.empty(*q.shape[:3], v.shape[-1], device=q.device, dtype=v.dtype)
@@ -205,8 +208,10 @@ def gsa_backward(
     form: str, damping: float, ring: int, sinks: int, normalised: bool, silu: bool, scale: float,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of q, k, v, gate, s, write, keep, q_sink, keys, values, occupancy; empty where there was no input."""
-    launch = Launch(*prepare(q, k, v, q_sink, gate, s, silu), write, keep, positions, table, bounds, form, damping, ring,
-                    sinks, normalised, scale)  # fmt: skip
+    launch = Launch(
+        *prepare(q, k, v, q_sink, gate, s, silu), write, keep, positions, table, bounds, form, damping, ring, sinks,
+        normalised, scale,
+    )  # fmt: skip
     memory = launch.write(None if keys is None else (keys, values, occupancy), None)
     adjoint = launch.memory()
     M, C = launch.dims["M"], launch.tile.chunk
@@ -222,8 +227,8 @@ def gsa_backward(
     grads |= {"d_write": like(write), "d_keep": like(keep), "dq_sink": like(q_sink)}
     launch.run(backward.inner_kernel, launch.tile.inner, **given, **grads)
     d_begin = None if keys is None else launch.state()
-    launch.scan(**adjoint, begin=None if d_keys is None else tuple(x.contiguous() for x in (d_keys, d_values, d_occupancy)),
-                end=d_begin, reverse=True)  # fmt: skip
+    d_end = None if d_keys is None else tuple(x.contiguous() for x in (d_keys, d_values, d_occupancy))
+    launch.scan(**adjoint, begin=d_end, end=d_begin, reverse=True)
     d_bias = launch.scratch(2, M) if ring else None
     launch.run(backward.outer_kernel, launch.tile.outer, **given, **grads, d_bias=d_bias)
     if ring:

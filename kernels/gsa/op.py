@@ -146,8 +146,9 @@ def chunk_gsa(
 
     q [B,T,HQ,D], k [B,T,H,D], v [B,T,H,E], write weights s [B,T,H,M], log decay g [B,T,H,M]; g = None is ABC (paper
     section 2.2): s are logits, written with exp(s_t) / sum_{i<=t} exp(s_i). scale defaults to D ** -0.5. States are
-    (keys [N,H,D,M], values [N,H,M,E]) float32, either of the initial ones may be None. checkpoint_level, cu_seqlens_cpu and chunk_size are accepted and change
-    no result: memory use is fixed by the implementation.
+    (keys [N,H,D,M], values [N,H,M,E]) float32 per kv head, as the peer's; either of the initial ones may be None.
+    checkpoint_level, cu_seqlens_cpu and chunk_size are accepted and change no result: memory use is fixed by the
+    implementation. backend as in `gsa`.
 
     Returns o [B,T,HQ,E] and (keys, values), or (None, None) without output_final_state.
     """

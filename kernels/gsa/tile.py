@@ -7,8 +7,8 @@ one class meet all rows of that class and later ones in one matrix product, with
 
     e^{L_i - L_j} = e^{L_i - a} e^{a - L_j} = row_i col_j,      a = L at the first token of the column's class
 
-row is in [0, 1], col in [1, e^SPAN]: nothing overflows, for any gates. Slow gates need one product a chunk, a clock with
-R slots and S sinks 1 + C / (R - S), and only gates that are hard at every token as many as there are tokens.
+row is in [0, 1], col in [1, e^SPAN]: nothing overflows, for any gates. Slow gates need one product a chunk, a clock
+with R slots and S sinks 1 + C / (R - S), and only gates that are hard at every token as many as there are tokens.
 
 Shape legend: spec.py; a tile has C tokens (columns) and R = C * GB rows: 8 tokens of the first of GB query heads, the
 same 8 tokens of the next, and so on, so that with two heads a thread's rows r and r + 8 of a tensor core's tile are the
@@ -178,23 +178,20 @@ def load_gates(gate, s, write, keep, position, row0, count, h, H, damping, FORM:
 
 
 @triton.jit
-def is_break(log_alpha, FORM: tl.constexpr):
-    """Where a class begins at a hard gate. In the linear form d alpha is d log alpha / alpha, so a gate counts as hard
-    early: its d log alpha is then summed without cancellation."""
-    if FORM == "linear":
-        return log_alpha < -1.3862944
-    else:
-        return log_alpha < -16.0
-
-
-@triton.jit
 def classify(log_alpha, FORM: tl.constexpr):
-    """[C,M] log alpha -> (cumulative log decay L, class label), float32."""
-    # the chunk's first token breaks nothing, so that labels stay under C
-    broken = is_break(log_alpha, FORM) & (tl.arange(0, log_alpha.shape[0]) > 0)[:, None]
-    soft = tl.cumsum(tl.where(broken, 0.0, log_alpha), axis=0)
-    breaks = tl.cumsum(tl.where(broken, 1.0, 0.0), axis=0)
-    return tl.cumsum(log_alpha, axis=0), breaks + tl.floor(-soft / SPAN)
+    """[C,M] log alpha -> class of every token, int32, from 0 and under C.
+
+    A gate is a break where log alpha < -16; in the linear form, whose d alpha is d log alpha / alpha, already where
+    alpha < 1/4, so that its d log alpha is summed without cancellation. Counted in whole numbers of SPAN / 2^17 nats, a
+    break as 2^17: a later token's class is never smaller, and a break always begins one. (A chunk's first token has
+    nothing before it to break with.)"""
+    if FORM == "linear":
+        broken = log_alpha < -1.3862944
+    else:
+        broken = log_alpha < -16.0
+    steps = tl.where(broken, 1 << 17, (log_alpha * (-(1 << 17) / SPAN)).to(tl.int32))
+    steps = tl.where((tl.arange(0, log_alpha.shape[0]) > 0)[:, None], steps, 0)
+    return tl.cumsum(steps, axis=0) >> 17
 
 
 @triton.jit
@@ -295,8 +292,8 @@ def meet(x, y, state, w, L, label, anchors, pid, last, C: tl.constexpr, GB: tl.c
 
 
 @triton.jit
-def spread(p, own, w, L, label, anchors, pid, last, DTYPE: tl.constexpr, C: tl.constexpr, GB: tl.constexpr, M: tl.constexpr,
-           PRECISION: tl.constexpr):  # fmt: skip
+def spread(p, own, w, L, label, anchors, pid, last, DTYPE: tl.constexpr, C: tl.constexpr, GB: tl.constexpr,
+           M: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Slot weights p [R,M] -> token weights [R,C]: sum_m p_i e^{L_i - L_j} w_j for j < i, and own [R] at j = i."""
     A = tl.zeros([C * GB, C], tl.float32)
     for c in range(0, last + 1):

@@ -162,6 +162,7 @@ def gsa_attention(
             cu_seqlens=context.cu_seqlens,
             initial_state=memory,
             output_final_state=gsa_memory is not None,
+            overwrite_state=gsa_memory is not None and not gsa_memory.record_past,
         )
 
     o, state = read(slice(None))
