@@ -3,10 +3,12 @@
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import torch.distributed as dist
+from torch import Tensor
 
 from t2r.convert.source import Source, open_source
 from t2r.convert.writer import FolderWriter
@@ -132,16 +134,61 @@ def check_disk(out: Path, source: Source, trained: int, keep: int) -> None:
         raise UserError(what, where=out, nearest="keep: 1" if keep > 1 else None, next=f"df -h {out}")
 
 
-def resume(engine, checkpoint: Path, source: Source) -> int:
+def of_other_world(checkpoint: Path, group: Group) -> bool:
+    """Whether the state was split over another number of processes, and has to be put together first."""
+    facts = manifest(checkpoint)
+    return facts["zero"] > 0 and facts["world"] != group.world
+
+
+def put_together(checkpoint: Path, group: Group) -> Path:
+    """The state of a checkpoint in DeepSpeed's universal form, in a hidden folder."""
+    whole = checkpoint.parent / f".{checkpoint.name}.universal"
+    if group.rank == 0:
+        module = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+        paths = ["--input_folder", checkpoint / STATE, "--output_folder", whole / STATE]
+        done = subprocess.run([*module, *map(str, paths)], capture_output=True, text=True, env=without_group())
+        if done.returncode:
+            why = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+            raise UserError(f"the state cannot be split over {group.world} processes: {why}", where=checkpoint)
+    dist.barrier()
+    return whole
+
+
+def without_group() -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+
+
+def resume(engine, checkpoint: Path, source: Source, group: Group) -> int:
     """Load the engine's state and return the step it stands at. UserError if the checkpoint is of another model."""
     theirs = open_source(checkpoint)
     shapes = [{name: s.shape(name) for name in s.names()} for s in (source, theirs)]
     if shapes[0] != shapes[1]:
         raise UserError("the checkpoint is of another model", where=checkpoint, next=f"rm -r {checkpoint.parent}")
-    loaded, _ = engine.load_checkpoint(str(checkpoint), tag=STATE)
-    if loaded is None:
+    if of_other_world(checkpoint, group):
+        load_universal(engine, checkpoint, group)
+    elif engine.load_checkpoint(str(checkpoint), tag=STATE)[0] is None:
         raise UserError("the checkpoint has no state to go on from", where=checkpoint)
     return step_of(checkpoint)
+
+
+def load_universal(engine, checkpoint: Path, group: Group) -> None:
+    """Load the state of a checkpoint that another number of processes wrote.
+
+    DeepSpeed (0.19) then gives all groups of parameters the options of the first under ZeRO 3, and all states one step
+    counter, which each of them advances: both are put right.
+    """
+    optimizer = engine.optimizer.optimizer
+    options = [{key: value for key, value in g.items() if key != "params"} for g in optimizer.param_groups]
+    whole = put_together(checkpoint, group)
+    engine.load_checkpoint(str(whole), tag=STATE)
+    for param_group, known in zip(optimizer.param_groups, options, strict=True):
+        param_group.update(known)
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), Tensor):
+            state["step"] = state["step"].clone()
+    dist.barrier()
+    if group.rank == 0:
+        shutil.rmtree(whole)
 
 
 def clear_unfinished(out: Path) -> None:

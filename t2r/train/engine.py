@@ -21,6 +21,7 @@ from t2r.train.checkpoint import (
     clear_unfinished,
     lost,
     newest_checkpoint,
+    of_other_world,
     resume,
     save,
     step_of,
@@ -126,8 +127,10 @@ def train(
         clear_unfinished(out)
         check_disk(out, source, sum(p.numel() for g in groups for p in g["params"]), stage.keep)
     flops = training_flops(student, stage)
-    engine = initialize(Step(STAGES[stage.kind](stage), student, teacher), groups, config.deepspeed, stage, group)
-    start = resume(engine, newest, source) if newest else 0
+    universal = newest is not None and of_other_world(newest, group)
+    step = Step(STAGES[stage.kind](stage), student, teacher)
+    engine = initialize(step, groups, config.deepspeed, stage, group, universal)
+    start = resume(engine, newest, source, group) if newest else 0
     log = Log(out, stage, start, flops, peak_flops(group), config.log) if group.rank == 0 else None
 
     def check(step: int) -> None:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from t2r.errors import UserError
 
-PORT = 29400
+PORT = int(os.environ.get("MASTER_PORT", 29400))
 GRACE = 10  # seconds that processes have to end by themselves when one has failed
 LOGS = "logs"
 

@@ -155,11 +155,14 @@ def engine_config(
     return settings
 
 
-def initialize(module: nn.Module, groups: list[dict], config: DeepSpeedConfig, stage: StageConfig, group: Group):
-    """The engine that trains `groups` of parameters of `module`."""
+def initialize(
+    module: nn.Module, groups: list[dict], config: DeepSpeedConfig, stage: StageConfig, group: Group, universal: bool
+):
+    """The engine that trains `groups` of parameters of `module`. universal: it is to load a state in that form."""
     trained = sum(p.numel() for g in groups for p in g["params"])
     dtype, zero = compute_dtype(stage, group.device.type), zero_stage(config)
     settings = engine_config(config, stage, dtype, group.world, trained)
+    settings["checkpoint"] = {"load_universal": universal}
     offloaded = "offload_optimizer" in settings.get("zero_optimization", {})
     optimizer = make_optimizer(groups, stage, zero, fused=group.device.type == "cuda" and not offloaded)
     # bfloat16 optimizers print their memory use, group by group, and collect garbage first: of what is frozen, none
