@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 from t2r.errors import UserError, nearest
@@ -142,6 +143,7 @@ def count(settings: RunConfig) -> tuple[int, int]:
     return sum(p.numel() for p in student.parameters()), new
 
 
+@cache
 def source_config(spec: str):
     """The config of a source: of a folder even without weights, of a hub model without fetching them."""
     from transformers import AutoConfig

@@ -1,12 +1,17 @@
 """The stages: losses against their formulas, packed documents against each alone, groups of parameters."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -17,7 +22,7 @@ from t2r.modeling.attention import GSAttention
 from t2r.modeling.configuration import CONFIG_CLASSES, GSAConfig, preset
 from t2r.schema import LearningRates, LoRAConfig, LossConfig, StageConfig
 from t2r.train import engine
-from t2r.train.losses import Mix, head, mixed_loss
+from t2r.train.losses import Mix, check_liger, head, mixed_loss
 from t2r.train.parameters import (
     add_adapters,
     group_of,
@@ -116,6 +121,47 @@ def test_chunked_losses_are_the_plain_formulas(mix, chunk, way, config):
         assert mixed_loss(student, hidden, labels, mix, LossConfig(chunk=chunk), teacher, theirs).loss == loss
     alone = mixed_loss(student, hidden, labels, Mix(0.0, 1.0), LossConfig(chunk=chunk))
     assert alone.kl.item() == 0 and alone.loss.item() == pytest.approx(plain_ce.item(), rel=1e-12)
+
+
+LIGER = """
+import torch
+from types import SimpleNamespace
+from t2r.schema import LossConfig
+from t2r.train.losses import Mix, mixed_loss
+torch.manual_seed(0)
+student, teacher = (SimpleNamespace(lm_head=torch.nn.Linear(n, 50, bias=False), config=None) for n in (16, 12))
+hidden, theirs = torch.randn(2, 40, 16, requires_grad=True), torch.randn(2, 40, 12)
+labels = torch.randint(0, 50, (2, 40))
+labels[0, ::5] = -100
+for mix in (Mix(0.0, 1.0), Mix(1.0, 0.0, 1.0), Mix(0.7, 0.3, 2.5)):
+    found = []
+    for backend in ("own", "liger"):
+        loss = mixed_loss(student, hidden, labels, mix, LossConfig(backend=backend), teacher, theirs).loss
+        found.append([loss, *torch.autograd.grad(loss, [hidden, student.lm_head.weight])])
+    for ours, liger in zip(*found):
+        assert torch.allclose(ours, liger, rtol=1e-5, atol=1e-5), mix
+"""
+
+
+@pytest.mark.skipif(find_spec("liger_kernel") is None, reason="needs `pip install liger-kernel`")
+def test_liger_computes_the_same():
+    """Its kernels, by Triton's interpreter, which must be chosen before anything is imported."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).resolve().parents[1]), *sys.path])
+    done = subprocess.run([sys.executable, "-c", LIGER], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_liger_is_refused_where_it_cannot_work(monkeypatch):
+    with pytest.raises(UserError, match="loss.backend is liger.*nearest valid: own; try: `pip install liger-kernel`"):
+        monkeypatch.setattr("t2r.train.losses.find_spec", lambda name: None)
+        check_liger(student_model(), "cuda")
+    monkeypatch.setattr("t2r.train.losses.find_spec", lambda name: "there")
+    with pytest.raises(UserError, match="loss.backend is liger, which needs a GPU; nearest valid: own"):
+        check_liger(student_model(), "cpu")
+    check_liger(student_model(), "cuda")
+    with pytest.raises(UserError, match="liger, which does not know the head of"):
+        check_liger(tiny_head(16, bias=True, model_type="x"), "cuda")
 
 
 def test_a_frozen_head_gets_no_gradient_and_the_rest_does():
@@ -222,6 +268,36 @@ def test_align_trains_mixers_only_and_the_teacher_not_at_all():
     touched = {group_of(name) for name, p in student.named_parameters() if p.grad is not None}
     assert touched == {"gates", "mixer"}
     assert all(p.grad is None for p in teacher.parameters())
+
+
+class NoHostReads(TorchDispatchMode):
+    """Fails where a tensor's value decides what the host does next: on a GPU the host would wait for it."""
+
+    READS = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "unique", "equal")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name.removeprefix("aten::")
+        assert name not in self.READS, f"{name} is read by the host"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", STAGES)
+def test_the_stages_and_their_losses_read_nothing_back(kind, monkeypatch):
+    """All of forward and backward but the operation itself and the model's reading of where documents begin."""
+    student, teacher, batch = student_model().train(), teacher_model(), batch_of(PACKED)
+    context = student.model.gsa_context(batch.input_ids, None, batch.position_ids, None, batch.cu_seqlens)
+    monkeypatch.setattr(student.model, "gsa_context", lambda *args: context)
+    stand_in = lambda q, k, v, gate, write, keep, **options: (  # noqa: E731
+        q * gate.mean() + (write.mean() + keep.mean()) * v.mean() * k.mean(),
+        None,
+    )
+    monkeypatch.setattr("t2r.modeling.attention.gsa", stand_in)
+    step = engine.Step(STAGES[kind](replace(STAGE, kind=kind)), student, teacher)
+    with NoHostReads():
+        step(batch)[0].backward()
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), NoHostReads():
+        batch.share.item()
+    assert all(p.grad is not None for name, p in student.named_parameters() if group_of(name) == "mixer")
 
 
 @pytest.mark.parametrize("kind", STAGES)
