@@ -167,3 +167,28 @@ def test_errors_of_an_exact_start_lie_past_its_slots(pair, blocks):
     for record in outcome.records:
         assert record["within"] < 1e-2 < 1 < record["past"] and len(record["heads"]) == 4
     assert outcome.warnings == []
+
+
+def test_a_hybrid_with_long_slots(folders, tmp_path, recipe):
+    options = dict(slots=SLOTS, sinks=2, long_slots=4, keep_softmax="0", verify=False)
+    convert(str(folders / "llama"), str(tmp_path / "hybrid"), **options)
+    tasks = [
+        {"kind": "perplexity", "block": 64, "edges": [0, 64], "totals": [64], "items": 3},
+        {"kind": "fidelity", "block": 64, "edges": [0, 16, 64], "items": 2, "prompt": 8, "new": 4},
+        {"kind": "layers", "block": 64, "items": 2},
+        {"kind": "slot_use", "block": 128, "items": 2},
+        {"kind": "throughput", "contexts": [32], "batches": [2], "new": 2, "repeats": 1},
+        {"kind": "memory", "lengths": [64, 256], "check_at": 40},
+    ]
+    models = [str(folders / "llama"), str(tmp_path / "hybrid")]
+    results = compare(models, recipe(tasks=tasks), str(tmp_path / "report"))["results"]
+    # the layer that kept its attention makes no error; of the other, long slots reach past the window
+    layers = results["layers"]["metrics"]
+    assert layers["layer 0"]["hybrid"]["value"] < 1e-3 < 0.1 < layers["layer 1"]["hybrid"]["value"]
+    assert list(results["slot_use"]["metrics"])[7:] == ["layer 1"]
+    assert results["slot_use"]["metrics"]["attention past the window"]["hybrid"]["value"] > 1
+    assert "hybrid, window only" in results["perplexity"]["metrics"]["first 64"]
+    memory = results["memory"]
+    assert "NOT CONFIRMED" not in "".join(memory["text"].values())
+    states = [memory["metrics"][f"{n} tokens"]["hybrid"]["value"] for n in (64, 256)]
+    assert states[0] < states[1] < memory["metrics"]["256 tokens"]["llama"]["value"]
