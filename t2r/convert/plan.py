@@ -188,9 +188,7 @@ def import_plan(source: Source, dtype: str | None) -> Plan:
     return lay_out(source, source.config, "paper", to_dtype, main_dtype)
 
 
-def lay_out(
-    source: Source, config, preset_name: str, to_dtype: torch.dtype | None, main_dtype: torch.dtype
-) -> Plan:
+def lay_out(source: Source, config, preset_name: str, to_dtype: torch.dtype | None, main_dtype: torch.dtype) -> Plan:
     """Account for every tensor of the source and of the model that `config` describes; UserError where that fails."""
     target, new = target_tensors(config)
     if given := set(source.names()).intersection(new):
