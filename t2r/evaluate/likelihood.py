@@ -11,7 +11,7 @@ from typing import ClassVar, NamedTuple
 
 from t2r.errors import UserError, nearest
 from t2r.evaluate.scoring import Passage, encode_pair, score
-from t2r.evaluate.statistics import perplexity, share
+from t2r.evaluate.statistics import mean, perplexity, share
 from t2r.evaluate.task import Outcome, Place, Task, locate, rows, take
 
 
@@ -120,4 +120,5 @@ class MultipleChoice(Task):
             normed = min(range(len(loss)), key=lambda i: loss[i] / item.lengths[i])
             hits = {"acc": pick == item.gold, "acc_norm": normed == item.gold}
             records.append({"losses": loss, "gold": item.gold, **hits})
-        return Outcome([share(key, [r[key] for r in records]) for key in ("acc", "acc_norm")], records)
+        chance = mean([1 / len(item.choices) for item in items])
+        return Outcome([share(key, [r[key] for r in records], chance=chance) for key in ("acc", "acc_norm")], records)

@@ -103,7 +103,7 @@ def tables(results: Results, task: Task) -> Iterator[tuple[list[str], list[list[
     found = {(name, label): change_cell(change) for name, label, change in results.changes(task)}
     names, others = dict.fromkeys(name for name, _ in found), dict.fromkeys(label for _, label in found)
     if found:
-        head = [f"change against {next(iter(results.models))}, same items", *others]
+        head = [f"against {next(iter(results.models))}, same items, 95 %", *others]
         yield head, [[name, *(found.get((name, label), "") for label in others)] for name in names]
 
 
@@ -148,13 +148,17 @@ def recovery_cell(found: dict | None) -> str:
 
 
 def change_cell(change: dict) -> str:
-    error = change["stderr"]
+    """A ratio of perplexities, or a difference, with its bootstrap interval."""
     if "ratio" in change:
-        return f"x {change['ratio']:.3f}" + ("" if error is None else f" +- {error:.3f}")
+        return f"x {change['ratio']:.3f}" + bounds(change, ".3f")
     if "p" not in change:
-        return f"{change['difference']:+.3g}" + ("" if error is None else f" +- {error:.2g}")
-    text = f"{100 * change['difference']:+.1f}" + ("" if error is None else f" +- {100 * error:.1f}")
-    return f"{text} points (McNemar p = {change['p']:.2g})"
+        return f"{change['difference']:+.3g}" + bounds(change, "+.3g")
+    points = {key: None if change[key] is None else 100 * change[key] for key in ("difference", "low", "high")}
+    return f"{points['difference']:+.1f}{bounds(points, '+.1f')} points (McNemar p = {change['p']:.2g})"
+
+
+def bounds(change: dict, form: str) -> str:
+    return "" if change["low"] is None else f" [{change['low']:{form}}, {change['high']:{form}}]"
 
 
 def number(value: float) -> str:

@@ -2,10 +2,12 @@
 
 import math
 import random
+import re
 
 import numpy
 import pytest
 
+from t2r.evaluate.report import change_cell
 from t2r.evaluate.statistics import mcnemar, mean_error, paired, perplexity, recovery, resampled, score, share, wilson
 
 
@@ -60,3 +62,12 @@ def test_recovery_is_chance_corrected():
     assert recovery(by_chance, other) is None  # nothing above chance to recover
     assert recovery(perplexity("p", [1.0]), perplexity("p", [1.0])) is None
     assert recovery(score("f1", [4.0, 8.0, 6.0]), score("f1", [2.0, 4.0, 3.0]))["recovery"] == pytest.approx(0.5)
+
+
+def test_changes_are_told_with_their_intervals():
+    better = paired(share("s", [1, 0] * 50), share("s", [1, 1, 1, 0] * 25))
+    assert re.fullmatch(r"\+25.0 \[\+1\d\.\d, \+3\d\.\d\] points \(McNemar p = 6e-08\)", change_cell(better))
+    worse = paired(perplexity("p", [1.0, 2.0, 3.0]), perplexity("p", [1.1, 2.1, 3.1]))
+    assert change_cell(worse) == "x 1.105 [1.105, 1.105]"
+    assert change_cell(paired(perplexity("p", [1.0]), perplexity("p", [1.1]))) == "x 1.105"
+    assert change_cell(paired(score("f", [1.0, 2.0]), score("f", [3.0, 4.0]))) == "+2 [+2, +2]"

@@ -130,7 +130,7 @@ def test_multiple_choice_against_a_naive_implementation(model, tokenizer):
         acc.append(logliks.index(max(logliks)) == row["label"])
         acc_norm.append(per_character.index(max(per_character)) == row["label"])
     metrics = task.run(model, items).metrics
-    assert [m.name for m in metrics] == ["acc", "acc_norm"]
+    assert [(m.name, m.chance) for m in metrics] == [("acc", 0.5), ("acc_norm", 0.5)]
     assert [m.samples for m in metrics] == [acc, acc_norm]
 
 
