@@ -250,6 +250,18 @@ def test_every_family_trains_from_an_exact_start(name):
     assert student.model.layers[1].self_attn.f_proj.weight.grad is not None
 
 
+@pytest.mark.parametrize("window", [None, 8])
+def test_rows_of_one_document_need_no_mask(window, monkeypatch):
+    teacher, batch = teacher_model(), batch_of([[40], [40]])
+    if window:
+        torch.manual_seed(0)
+        config = CONFIG_MAPPING["mistral"](**SIZES, sliding_window=window)
+        teacher = AutoModelForCausalLM.from_config(config).eval()
+    documents = torch.cat([teacher.model(document.input_ids).last_hidden_state for document in alone(batch)])
+    monkeypatch.setattr(Batch, "attention_mask", lambda self: pytest.fail("a mask was made"))
+    assert torch.allclose(hidden_states(teacher, batch), documents, atol=1e-6)
+
+
 def test_a_teacher_with_a_window_keeps_it_when_packed():
     config = CONFIG_MAPPING["mistral"](**SIZES, sliding_window=8)
     torch.manual_seed(0)

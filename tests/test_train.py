@@ -218,6 +218,16 @@ def test_sigterm_saves_a_checkpoint_and_ends_the_run(long, config, start, tmp_pa
     assert equals(out, straight)
 
 
+def test_sigterm_in_the_last_step_of_a_stage_does_not_begin_the_next(straight, config, start, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        at_step(4, patch, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        finetune.finetune(str(config), model=str(start), out=str(out))
+    assert (out / "1-align" / "step-000004").is_dir() and not (out / "2-distill").exists()
+    finetune.finetune(str(config), model=str(start), out=str(out))
+    assert records(out, "3-lm") == records(straight, "3-lm")
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(long, config, start, tmp_path, monkeypatch):
     """A file that may not grow is what the operating system has to offer in place of a disk that is full."""
     words, straight = long
@@ -242,13 +252,13 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(long, config,
     words, straight = long
     out = tmp_path / "run"
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        at_step(7, patch, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        at_step(9, patch, lambda: os.kill(os.getpid(), signal.SIGTERM))
         finetune.finetune(str(config), words, str(start), str(out))
-    weights = out / "1-lm" / "step-000007" / "model.safetensors"
+    weights = out / "1-lm" / "step-000009" / "model.safetensors"
     os.truncate(weights, size := weights.stat().st_size - 1)
     finetune.finetune(str(config), words, str(start), str(out))
-    assert f"step-000007 is not complete: model.safetensors has {size} bytes of {size + 1}" in capfd.readouterr().err
-    assert equals(out, straight)
+    assert f"step-000009 is not complete: model.safetensors has {size} bytes of {size + 1}" in capfd.readouterr().err
+    assert equals(out, straight) and (out / "1-lm" / "damaged-step-000009").is_dir()
 
 
 def test_data_that_ends_in_the_middle_leaves_the_last_checkpoint(config, start, tmp_path, monkeypatch):

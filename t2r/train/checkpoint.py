@@ -114,7 +114,7 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def newest_checkpoint(out: Path) -> Path | None:
-    """The newest complete one. Damaged ones are left where they are, and named on stderr."""
+    """The newest complete one. Damaged ones are named on stderr."""
     for checkpoint in sorted(out.glob("step-*"), key=step_of, reverse=True):
         fault = damage(checkpoint)
         if not fault:
@@ -191,7 +191,13 @@ def load_universal(engine, checkpoint: Path, group: Group) -> None:
         shutil.rmtree(whole)
 
 
-def clear_unfinished(out: Path) -> None:
-    """Remove what a killed run was writing or removing."""
+def clear(out: Path, newest: Path | None) -> None:
+    """Remove what a killed run was writing or removing, and give up the names of what is damaged: steps after `newest`
+    will be written again."""
     for unfinished in out.glob(".step-*"):
         shutil.rmtree(unfinished)
+    for damaged in out.glob("step-*"):
+        if newest is None or step_of(damaged) > step_of(newest):
+            kept = out / f"damaged-{damaged.name}"
+            shutil.rmtree(kept, ignore_errors=True)
+            damaged.rename(kept)

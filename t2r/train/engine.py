@@ -18,7 +18,7 @@ from t2r.data.packing import Batch, Mixture, ahead
 from t2r.schema import RunConfig, StageConfig
 from t2r.train.checkpoint import (
     check_disk,
-    clear_unfinished,
+    clear,
     lost,
     newest_checkpoint,
     of_other_world,
@@ -124,7 +124,7 @@ def train(
         check_liger(student, group.device.type)
     if group.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        clear_unfinished(out)
+        clear(out, newest)
         check_disk(out, source, sum(p.numel() for g in groups for p in g["params"]), stage.keep)
     flops = training_flops(student, stage)
     universal = newest is not None and of_other_world(newest, group)
@@ -172,7 +172,9 @@ def train(
                     save(engine, source, out, done, stage, zero_stage(config.deepspeed), group)
                     if log:
                         log.resume_clock()
-                if stopping and not last:
+                if last and log:
+                    plot(out)
+                if stopping:
                     if log:
                         log.say(f"stopped by SIGTERM after step {done}/{stage.steps}; the same command goes on from it")
                     raise SystemExit(128 + signal.SIGTERM)
@@ -184,8 +186,6 @@ def train(
         if log:
             log.close()
     engine.destroy()
-    if group.rank == 0:
-        plot(out)
     return newest_checkpoint(out)
 
 

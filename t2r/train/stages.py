@@ -109,12 +109,14 @@ STAGES = {"align": Align, "distill": Distill, "lm": LM}
 
 def hidden_states(model, batch: Batch) -> Tensor:
     """Output [B,T,W] of a causal LM before its head; documents do not see each other, in either kind of model."""
-    window = getattr(model.config, "sliding_window", None)
+    (B, T), window = batch.input_ids.shape, getattr(model.config, "sliding_window", None)
     if getattr(model.config, "gsa", None):
-        packing = {"cu_seq_lens_q": batch.cu_seqlens}
-    elif window and window < batch.input_ids.shape[1]:
-        packing = {}  # transformers builds the masks from the positions, at the price of one host read
+        packing = {"position_ids": batch.position_ids, "cu_seq_lens_q": batch.cu_seqlens}
+    elif batch.cu_seqlens.numel() == B + 1:
+        packing = {}  # each row is one document: plain causal attention, for which there are the fastest kernels
+    elif window and window < T:
+        # transformers builds the masks from the positions, at the price of one host read
+        packing = {"position_ids": batch.position_ids}
     else:
-        packing = {"attention_mask": batch.attention_mask()}
-    output = model.model(batch.input_ids, position_ids=batch.position_ids, use_cache=False, **packing)
-    return output.last_hidden_state
+        packing = {"position_ids": batch.position_ids, "attention_mask": batch.attention_mask()}
+    return model.model(batch.input_ids, use_cache=False, **packing).last_hidden_state
