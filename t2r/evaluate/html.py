@@ -35,6 +35,7 @@ figure { margin: 1rem 0; }
 figure svg { width: 100%; height: auto; max-width: 44rem; }
 pre { overflow-x: auto; white-space: pre-wrap; background: #f5f5f5; padding: .6rem; font-size: .85rem; }
 small { color: #555; }
+@page { margin: 15mm; }
 @media print {
   body { max-width: none; padding: 0; font-size: 10pt; }
   nav { display: none; }
