@@ -8,7 +8,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig, LlamaConfig, Qwen2Config, Qwen3Config
 
 from t2r.convert.source import open_source
 from t2r.errors import UserError
@@ -25,7 +25,9 @@ def interleave(weight, heads):
 def write_gguf(path, model, kind=None, metadata=None, extra=None, without=(), architecture=None):
     """`model` as llama.cpp's converter writes it. kind: quantisation of the matrices."""
     config = model.config
-    architecture = architecture or config.model_type
+    kind_of_model = config.model_type.removesuffix("_text")
+    architecture = architecture or kind_of_model
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     out = gguf.GGUFWriter(path, architecture)
     out.add_vocab_size(config.vocab_size)
     out.add_context_length(config.max_position_embeddings)
@@ -34,11 +36,14 @@ def write_gguf(path, model, kind=None, metadata=None, extra=None, without=(), ar
     out.add_feed_forward_length(config.intermediate_size)
     out.add_head_count(config.num_attention_heads)
     out.add_head_count_kv(config.num_key_value_heads)
-    out.add_key_length(config.hidden_size // config.num_attention_heads)
+    out.add_key_length(head_dim)
     out.add_layer_norm_rms_eps(config.rms_norm_eps)
-    out.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    rope = config.rope_parameters
+    out.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
+    if architecture == "gemma3":
+        out.add_sliding_window(config.sliding_window)
     if architecture == "llama":
-        out.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+        out.add_rope_dimension_count(head_dim)
     out.add_bos_token_id(1)
     out.add_eos_token_id(2)
     for key, value in (metadata or {}).items():
@@ -48,13 +53,13 @@ def write_gguf(path, model, kind=None, metadata=None, extra=None, without=(), ar
             out.add_float32(key, value)
         else:
             out.add_uint32(key, value)
-    arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == config.model_type)
+    arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == kind_of_model)
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
         gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if gguf_name in without or (name == "lm_head.weight" and config.tie_word_embeddings):
             continue
-        array = tensor.float().numpy()
+        array = tensor.float().numpy() + (kind_of_model == "gemma3" and "norm" in name)
         if config.model_type == "llama" and "q_proj" in name:
             array = interleave(array, config.num_attention_heads)
         if config.model_type == "llama" and "k_proj" in name:
@@ -76,11 +81,17 @@ def logits(model):
     return model(torch.arange(40)[None] % model.config.vocab_size).logits
 
 
-@pytest.mark.parametrize("family", [LlamaConfig, Qwen2Config, Qwen3Config])
+@pytest.mark.parametrize("family", [LlamaConfig, Qwen2Config, Qwen3Config, Gemma3TextConfig])
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_gguf_file_is_the_model_it_was_made_from(tmp_path, family, tied, tiny):
-    options = {"head_dim": 16} if family is Qwen3Config else {}
+    options = {"head_dim": 16} if family in (Qwen3Config, Gemma3TextConfig) else {}
+    if family is Gemma3TextConfig:  # six of seven layers see 8 tokens only
+        options |= {"sliding_window": 8, "num_hidden_layers": 7, "query_pre_attn_scalar": 16}
     model = tiny(family, tie_word_embeddings=tied, **options)
+    if family is Gemma3TextConfig:  # such norms are stored as 1 + weight, which must be a float
+        for name, parameter in model.named_parameters():
+            parameter.data += 1 * ("norm" in name)
+            parameter.data -= 1 * ("norm" in name)
     source = open_source(write_gguf(tmp_path / "tiny.gguf", model))
     read = dict(source.items())
     expected = {name: t for name, t in model.state_dict().items() if not (tied and name == "lm_head.weight")}
@@ -141,7 +152,7 @@ def test_end_of_turn_ends_generation_too(tmp_path, tiny):
 @pytest.mark.parametrize(
     ("options", "fragments"),
     [
-        ({"architecture": "gemma3"}, ["'gemma3' is not supported; supported: llama, qwen2, qwen3"]),
+        ({"architecture": "gemma2"}, ["'gemma2' is not supported; supported: gemma3, llama, qwen2, qwen3"]),
         ({"without": ["blk.1.attn_q.weight"]}, ["LlamaForCausalLM needs blk.1.attn_q.weight"]),
         ({"extra": {"blk.0.x.weight": np.ones(2, "f4")}}, ["LlamaForCausalLM has no place for blk.0.x.weight"]),
         ({"extra": {"odd": np.ones(2, "f8")}}, ["tensor odd has type F64, which cannot be dequantised"]),

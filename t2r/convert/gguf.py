@@ -11,7 +11,9 @@ from t2r.convert.source import Reader, Source, Stored, first_line, load_config, 
 from t2r.errors import UserError, nearest
 
 # Whether llama.cpp permutes the rows of q and k for its interleaved rotary embedding.
-PERMUTED = {"llama": True, "qwen2": False, "qwen3": False}
+PERMUTED = {"gemma3": False, "llama": True, "qwen2": False, "qwen3": False}
+# Gemma multiplies by 1 + weight; llama.cpp stores the sum.
+NORMS_PLUS_ONE = {"gemma3"}
 # Metadata whose meaning the config or this module carries over. Any other key could change the model.
 UNDERSTOOD = {
     "context_length",
@@ -25,6 +27,7 @@ UNDERSTOOD = {
     "attention.key_length",
     "attention.value_length",
     "attention.layer_norm_rms_epsilon",
+    "attention.sliding_window",
     "rope.dimension_count",
     "rope.freq_base",
     "rope.scaling.type",
@@ -43,11 +46,13 @@ ATTN_ROT = re.compile(r"blk\.\d+\.attn_rot_embd\.weight")
 
 @dataclass(frozen=True)
 class _Blocks(Stored):
-    """A quantised tensor: `rows` is the shape of its bytes, `kind` their type, `heads` > 0 undoes a permutation."""
+    """A quantised tensor: `rows` is the shape of its bytes, `kind` their type. `heads` > 0 undoes a permutation,
+    `shift` is taken off."""
 
     rows: tuple[int, ...]
     kind: object
     heads: int
+    shift: int
 
 
 class GgufSource(Source):
@@ -131,6 +136,7 @@ class GgufSource(Source):
                 rows=tuple(quant_shape_to_byte_shape(shape, kind)),
                 kind=kind,
                 heads=heads.get(tensor.name.split(".")[-2], 0) if in_layer else 0,
+                shift=int(self._architecture in NORMS_PLUS_ONE and tensor.name.endswith("norm.weight")),
             )
         return blocks
 
@@ -139,6 +145,8 @@ class GgufSource(Source):
 
         data = reader.read(block.offset, math.prod(block.rows), block.key).numpy()
         tensor = torch.from_numpy(dequantize(data.reshape(block.rows), block.kind)).reshape(block.shape)
+        if block.shift:
+            tensor = tensor - block.shift
         if not block.heads:
             return tensor
         # llama.cpp interleaves the two rotary halves of each head; Hugging Face keeps them one after the other.
@@ -153,8 +161,14 @@ class GgufSource(Source):
             config.vocab_size = blocks["token_embd.weight"].shape[0]
         if head_dim := metadata.get(f"{self._architecture}.attention.key_length"):
             config.head_dim = head_dim
+        window = metadata.get(f"{self._architecture}.attention.sliding_window")
         if hasattr(config, "sliding_window"):
-            config.sliding_window = None
+            config.sliding_window = window
+        elif window:
+            raise UserError(f"a sliding window of {window} is not supported for {self._architecture}", where=self.path)
+        if hasattr(config, "query_pre_attn_scalar"):  # only Gemma 3 27B, the one with 62 layers, has another
+            per_head = config.hidden_size // config.num_attention_heads
+            config.query_pre_attn_scalar = per_head if config.num_hidden_layers == 62 else config.head_dim
         for role in ("bos", "eos", "pad"):
             setattr(config, f"{role}_token_id", metadata.get(SPECIAL_TOKENS[role]))
         end_of_turn = metadata.get("tokenizer.ggml.eot_token_id", config.eos_token_id)
@@ -170,12 +184,16 @@ class GgufSource(Source):
     def _complete_rope(self, factors: torch.Tensor | None) -> None:
         config, prefix = self.config, f"{self._architecture}.rope.scaling"
         kind = self._metadata.get(f"{prefix}.type", "none")
-        rope = {"rope_theta": config.rope_parameters["rope_theta"], "rope_type": "default"}
+        # Gemma's sliding layers have frequencies of their own, which are never scaled and not in the file.
+        parameters = config.rope_parameters
+        sliding = parameters.get("sliding_attention")
+        theta = (parameters["full_attention"] if sliding else parameters)["rope_theta"]
+        rope = {"rope_theta": theta, "rope_type": "default"}
         if kind == "linear":
             rope |= {"rope_type": "linear", "factor": self._metadata[f"{prefix}.factor"]}
         elif kind != "none":
             raise UserError(f"rope scaling {kind!r} is not supported for GGUF", where=self.path, nearest="linear")
-        config.rope_parameters = rope
+        config.rope_parameters = {"full_attention": rope, "sliding_attention": sliding} if sliding else rope
         if factors is None or torch.equal(factors, torch.ones_like(factors)):
             return
         # Llama 3 stores only the factors, not the four numbers they came from; all releases share three of them.
