@@ -8,13 +8,13 @@ Shape legend: spec.py; N sequences, GP = G rounded up to a power of two.
 import triton
 import triton.language as tl
 
-from .tile import expm1, load_gates, read
+from .tile import expm1, inverse_and_log, load_gates, read
 
 
 @triton.jit
 def step_kernel(
     q, q_sink, k, v, gate, s, write, keep, positions, keys, values, occupancy, new_keys, new_values, new_occupancy, o,
-    H, scale, damping, q_b, q_h, k_b, k_h, v_b, v_h,
+    H, scale, rate, q_b, q_h, k_b, k_h, v_b, v_h,
     FORM: tl.constexpr, RING: tl.constexpr, SINKS: tl.constexpr, OCCUPANCY: tl.constexpr, SILU: tl.constexpr,
     HAS_S: tl.constexpr, HAS_SINK: tl.constexpr, HAS_POSITIONS: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, M: tl.constexpr, G: tl.constexpr,
@@ -28,9 +28,7 @@ def step_kernel(
         position = tl.load(positions + n + tl.arange(0, 1)).to(tl.int32)
     else:
         position = tl.zeros([1], tl.int32)
-    log_alpha, weight, _x = load_gates(
-        gate, s, write, keep, position, n, 1, h, H, damping, FORM, RING, SINKS, HAS_S, 1, M
-    )
+    log_alpha, weight, _x = load_gates(gate, s, write, keep, position, n, 1, h, H, rate, FORM, RING, SINKS, HAS_S, 1, M)
     forget = tl.reshape(-expm1(log_alpha), [M])
     weight = tl.reshape(weight, [M])
     real = tl.max(position, axis=0) >= 0
@@ -50,13 +48,14 @@ def step_kernel(
             x = activated(tl.load(q_sink + head, mask=d < D, other=0.0).to(tl.float32), SILU)
             row = tl.where(m < SINKS, tl.sum(K * x[None, :], axis=1), row)
         logits = tl.where((g == i)[:, None], row[None, :], logits)
-    z = tl.full([GP, M], 1.0, tl.float32)
     if OCCUPANCY:
-        z0 = tl.load(occupancy + (n * H + h) * M + m).to(tl.float32)
-        z0 += weight - forget * z0
-        tl.store(new_occupancy + (n * H + h) * M + m, z0.to(new_occupancy.dtype.element_ty))
-        z = tl.broadcast_to(z0[None, :], [GP, M])
-    p = read(logits, z, scale, OCCUPANCY)
+        z = tl.load(occupancy + (n * H + h) * M + m).to(tl.float32)
+        z += weight - forget * z
+        tl.store(new_occupancy + (n * H + h) * M + m, z.to(new_occupancy.dtype.element_ty))
+        inverse, log_z = inverse_and_log(z)
+        p = read(logits, inverse[None, :], log_z[None, :], scale) * inverse[None, :]
+    else:
+        p = read(logits, 1.0, 0.0, scale)
 
     at = ((n * H + h) * M + m)[:, None] * E + e[None, :]
     inside = (m >= 0)[:, None] & (e < E)[None, :]

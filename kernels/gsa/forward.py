@@ -20,6 +20,7 @@ from .tile import (
     chunk_span,
     classify,
     expm1,
+    inverse_and_log,
     load_gates,
     load_positions,
     load_rows,
@@ -27,7 +28,8 @@ from .tile import (
     load_tile,
     meet,
     read,
-    row_token,
+    real_rows,
+    row_mask,
     slot_occupancy,
     spread,
     store_rows,
@@ -39,7 +41,7 @@ from .tile import (
 @triton.jit
 def written_kernel(
     k, v, gate, s, write, keep, positions, table, states, decay, occupancy, L, label, anchors, w, last,
-    T, chunks_per_row, H, damping, k_b, k_t, k_h, v_b, v_t, v_h,
+    T, chunks_per_row, H, rate, k_b, k_t, k_h, v_b, v_t, v_h,
     PACKED: tl.constexpr, FORM: tl.constexpr, RING: tl.constexpr, SINKS: tl.constexpr, OCCUPANCY: tl.constexpr,
     HAS_S: tl.constexpr, HAS_POSITIONS: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
@@ -53,9 +55,10 @@ def written_kernel(
     if count <= 0:
         return
     row0 = row * T + begin
+    columns = row_mask(count, 1, C, 1)
     position = load_positions(positions, row0, count, C, HAS_POSITIONS)
     log_alpha, weight, _ = load_gates(
-        gate, s, write, keep, position, row0, count, h, H, damping, FORM, RING, SINKS, HAS_S, C, M
+        gate, s, write, keep, position, row0, count, h, H, rate, FORM, RING, SINKS, HAS_S, C, M
     )
     total, labels = tl.cumsum(log_alpha, axis=0), classify(log_alpha, FORM)
     add_tile(L, total, pid, False, C, M)
@@ -76,10 +79,10 @@ def written_kernel(
     DTYPE = states.dtype.element_ty
     left = (tl.exp(time_sum(log_alpha, True, False, DTYPE, C)) * weight).to(DTYPE)
     first = pid.to(tl.int64) * ((D + E) * M)
-    x = load_rows(k, row * k_b + begin * k_t + h * k_h, k_t, 0, count, 1, C, 1, D, BD)
+    x = load_rows(k, row * k_b + begin * k_t + h * k_h, k_t, 0, columns, C, 1, D, BD)
     gain = tl.dot(tl.trans(x.to(DTYPE)), left, input_precision=PRECISION)
     add_state(states, gain, first, 0, False, D, BD, M)
-    x = load_rows(v, row * v_b + begin * v_t + h * v_h, v_t, 0, count, 1, C, 1, E, BE)
+    x = load_rows(v, row * v_b + begin * v_t + h * v_h, v_t, 0, columns, C, 1, E, BE)
     gain = tl.dot(tl.trans(x.to(DTYPE)), left, input_precision=PRECISION)
     add_state(states, gain, first, D, False, E, BE, M)
 
@@ -153,14 +156,15 @@ def output_kernel(
     if count <= 0:
         return
     row0 = row * T + begin
+    rows, columns = row_mask(count, G - g0, C, GB), row_mask(count, 1, C, 1)
     DTYPE = states.dtype.element_ty
     Lc, labels, weight = load_tile(L, pid, C, M), load_tile(label, pid, C, M), load_tile(w, pid, C, M)
     classes = tl.load(last + pid)
     first = pid.to(tl.int64) * ((D + E) * M)
-    xk = load_rows(k, row * k_b + begin * k_t + h * k_h, k_t, 0, count, 1, C, 1, D, BD).to(DTYPE)
+    xk = load_rows(k, row * k_b + begin * k_t + h * k_h, k_t, 0, columns, C, 1, D, BD).to(DTYPE)
     K0 = load_state(states, first, 0, D, BD, M)
     q_first = row * q_b + begin * q_t + (h * G + g0) * q_h
-    x = load_rows(q, q_first, q_t, q_h, count, G - g0, C, GB, D, BD).to(DTYPE)
+    x = load_rows(q, q_first, q_t, q_h, rows, C, GB, D, BD).to(DTYPE)
     if HAS_SINK:
         sink = (tl.arange(0, M) < SINKS)[None, :]
         _p, own, before, within = meet(
@@ -179,7 +183,7 @@ def output_kernel(
             PRECISION,
         )
         logits = before + within + own[:, None] * to_rows(tl.where(sink, 0.0, weight), C, GB, M)
-        x = load_rows(q_sink, q_first, q_t, q_h, count, G - g0, C, GB, D, BD).to(DTYPE)
+        x = load_rows(q_sink, q_first, q_t, q_h, rows, C, GB, D, BD).to(DTYPE)
         _p, own, before, within = meet(
             x,
             xk,
@@ -199,14 +203,18 @@ def output_kernel(
     else:
         _p, own, before, within = meet(x, xk, K0, weight, Lc, labels, anchors, pid, classes, C, GB, M, PRECISION)
         logits = before + within + own[:, None] * to_rows(weight, C, GB, M)
-    p = read(logits, slot_occupancy(occupancy, pid, Lc, C, GB, M, OCCUPANCY), scale, OCCUPANCY)
+    if OCCUPANCY:
+        inverse, log_z = inverse_and_log(slot_occupancy(occupancy, pid, Lc, C, M))
+        inverse = to_rows(inverse, C, GB, M)
+        p = read(logits, inverse, to_rows(log_z, C, GB, M), scale) * inverse
+    else:
+        p = read(logits, 1.0, 0.0, scale)
     own = tl.sum(p * to_rows(weight, C, GB, M), axis=1)
     A = spread(p, own, weight, Lc, labels, anchors, pid, classes, DTYPE, C, GB, M, PRECISION).to(DTYPE)
     left = (p * to_rows(tl.exp(Lc), C, GB, M)).to(DTYPE)
     y = tl.dot(left, tl.trans(load_state(states, first, D, E, BE, M)), input_precision=PRECISION)
-    xv = load_rows(v, row * v_b + begin * v_t + h * v_h, v_t, 0, count, 1, C, 1, E, BE).to(DTYPE)
+    xv = load_rows(v, row * v_b + begin * v_t + h * v_h, v_t, 0, columns, C, 1, E, BE).to(DTYPE)
     y = tl.dot(A, xv, y, input_precision=PRECISION)
     if HAS_POSITIONS:
-        t = row_token(C, GB)
-        y = tl.where(tl.load(positions + row0 + t, mask=t < count, other=-1)[:, None] >= 0, y, 0.0)
-    store_rows(o, y, (row0 * H + h) * G * E + g0 * E, H * G * E, E, count, G - g0, C, GB, E, BE)
+        y = tl.where(real_rows(positions, row0, count, G - g0, C, GB, HAS_POSITIONS)[:, None], y, 0.0)
+    store_rows(o, y, (row0 * H + h) * G * E + g0 * E, H * G * E, E, rows, C, GB, E, BE)

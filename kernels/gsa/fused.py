@@ -6,6 +6,7 @@ Being operators, they go through torch.compile(fullgraph=True) and activation ch
 Shape legend: spec.py, tile.py.
 """
 
+import functools
 import weakref
 from typing import NamedTuple
 
@@ -23,21 +24,43 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Tile(NamedTuple):
-    """chunk: tokens of a chunk (C); heads: query heads of a tile (GB), forward and backward; warps of each kernel."""
+    """chunk: tokens of a chunk (C); heads: query heads of a tile (GB); warps of each kernel."""
 
     chunk: int
-    heads: tuple[int, int] = (1, 1)
+    heads: int = 1
     written: int = 4
-    output: int = 8
-    inner: int = 8
-    outer: int = 8
+    output: int = 4
+    inner: int = 4
+    outer: int = 4
 
 
-def tile_for(dim: int, slots: int, groups: int, dtype: torch.dtype) -> Tile:
-    """The one table of tile shapes, by the larger head dim, slots, query heads per kv head and type."""
-    if dtype != torch.bfloat16 or max(dim, slots) > 128:
-        return Tile(16 if dtype != torch.bfloat16 and max(dim, slots) > 128 else 32)
-    return Tile(64, (min(2, groups), 1))
+# The first row that fits: bytes of shared memory that a block may have, element size, head dim, slots -> tile of one
+# query head, tile of an even or large group. docs/results/kernels/compile.py compiles every row for sm_80, 89 and 90.
+TILES = [
+    # shared, bytes, dim, slots
+    ((160_000, 2, 128, 64), Tile(64), Tile(64, 2, output=8, inner=8, outer=8)),
+    ((90_000, 2, 128, 64), Tile(32), Tile(32, 2)),
+    ((90_000, 2, 256, 128), Tile(32), Tile(32, 2)),
+    ((90_000, 4, 128, 64), Tile(32), Tile(32)),
+    ((0, 4, 256, 256), Tile(16), Tile(16)),
+]
+
+
+def tile_for(dim: int, slots: int, groups: int, dtype: torch.dtype, shared: int = 227_000) -> Tile:
+    """The tile for the larger head dim, slots, query heads per kv head, type, and shared memory of a block in bytes."""
+    size = 2 if dtype == torch.bfloat16 else 4  # float16 is computed in float32: decays leave its range
+    for (least, largest, dims, most), single, several in TILES:
+        if shared >= least and size <= largest and dim <= dims and slots <= most:
+            return several if groups % 2 == 0 or groups > 3 else single
+    raise AssertionError("the last row takes all")
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a block of threads may have; the interpreter has no limit."""
+    if device.type != "cuda":
+        return 227_000
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def refusal(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, occupancy: bool, s: Tensor | None) -> str | None:
@@ -91,7 +114,7 @@ class Launch:
                  normalised, scale):  # fmt: skip
         B, T, HQ, D = q.shape
         H, M, E = k.shape[2], gate.shape[-1], v.shape[-1]
-        self.tile = tile_for(max(D, E), M, HQ // H, q.dtype)
+        self.tile = tile_for(max(D, E), M, HQ // H, q.dtype, shared_memory(q.device))
         self.device, self.shape, self.dims = q.device, (H, M, D, E), {"D": D, "E": E, "M": M}
         self.chunks = B * triton.cdiv(T, self.tile.chunk) if table is None else table.shape[0]
         self.documents = B if table is None else bounds.shape[0] - 1
@@ -102,7 +125,7 @@ class Launch:
                            "PRECISION": "tf32x3" if q.dtype == torch.float16 else "ieee", "C": self.tile.chunk,
                            "BD": triton.next_power_of_2(D), "BE": triton.next_power_of_2(E),
                            "k": k, "v": v, **strides("k", k), **strides("v", v)}  # fmt: skip
-        self.gate_args = {"gate": gate, "s": s, "write": write, "keep": keep, "damping": damping, "FORM": form,
+        self.gate_args = {"gate": gate, "s": s, "write": write, "keep": keep, "rate": 1.0 / damping, "FORM": form,
                           "RING": ring, "HAS_S": s is not None}  # fmt: skip
         self.query_args = {"q": q, "q_sink": q_sink, "HAS_SINK": q_sink is not None, "G": HQ // H, "scale": scale,
                            **strides("q", q)}  # fmt: skip
@@ -183,7 +206,7 @@ def gsa_forward(
     end = launch.state() if final else None
     memory = launch.write(None if keys is None else (keys, values, occupancy), end)
     o = torch.empty(*q.shape[:3], v.shape[-1], device=q.device, dtype=v.dtype)
-    heads = launch.tile.heads[0]
+    heads = launch.tile.heads
     tiles = triton.cdiv(launch.query_args["G"], heads)
     launch.run(forward.output_kernel, launch.tile.output, tiles, o=o, GB=heads, **memory)
     return o, *(end or [q.new_empty(0, dtype=torch.float32) for _ in range(3)])
@@ -217,7 +240,7 @@ def gsa_backward(
     M, C = launch.dims["M"], launch.tile.chunk
     given = {
         "do": do.contiguous(), "dw": launch.scratch(C, M), "dlog": launch.scratch(C, M), "adjoint": adjoint["states"],
-        "d_occupancy": adjoint["occupancy"], "GB": launch.tile.heads[1], "LINEAR": form == "linear", **memory,
+        "d_occupancy": adjoint["occupancy"], "GB": launch.tile.heads, "LINEAR": form == "linear", **memory,
     }  # fmt: skip
 
     def like(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
@@ -294,7 +317,7 @@ def gsa_step(
     o = torch.empty(N, 1, HQ, E, device=q.device, dtype=v.dtype)
     decode.step_kernel[(N * H,)](
         q, q_sink, k, v, gate, s, write, keep, positions, keys, values, occupancy, keys, values, occupancy, o,
-        H, scale, damping, q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2),
+        H, scale, 1.0 / damping, q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2),
         FORM=form, RING=ring, SINKS=sinks, OCCUPANCY=normalised, SILU=silu, HAS_S=s is not None,
         HAS_SINK=q_sink is not None, HAS_POSITIONS=positions is not None, D=D, BD=triton.next_power_of_2(D), E=E,
         BE=triton.next_power_of_2(E), M=M, G=HQ // H, GP=triton.next_power_of_2(HQ // H), num_warps=8,
@@ -322,8 +345,9 @@ def fused(
     memory = (None, None, None) if state is None else tuple(x.float().contiguous() for x in state[:3])
     table, bounds = None, None
     if cu_seqlens is not None:
-        chunk = tile_for(max(k.shape[-1], v.shape[-1]), gate.shape[-1], q.shape[2] // k.shape[2], q.dtype).chunk
-        table, bounds = chunk_tables(cu_seqlens, q.shape[1], chunk)
+        dim, groups = max(k.shape[-1], v.shape[-1]), q.shape[2] // k.shape[2]
+        tile = tile_for(dim, gate.shape[-1], groups, q.dtype, shared_memory(q.device))
+        table, bounds = chunk_tables(cu_seqlens, q.shape[1], tile.chunk)
     o, *end = gsa_forward(
         q, k, v, gate, s, write, keep, q_sink, positions, table, bounds, *memory, *spelled(spec, scale), final
     )

@@ -37,13 +37,34 @@ def expm1(x):
 
 
 @triton.jit
-def log1p(x):
-    """log(1 + x) for x > -1 to float32 precision, also near 0: log(1 + x) = 2 atanh(x / (2 + x))."""
-    w = x / (2.0 + x)
+def atanh_series(w):
+    """2 atanh(w) for |w| < 0.18 to float32 precision."""
     w2 = w * w
-    series = 2.0 * w * (1.0 + w2 * (1.0 / 3 + w2 * (1.0 / 5 + w2 * (1.0 / 7 + w2 * (1.0 / 9)))))
-    small = (x > -0.3) & (x < 0.4)
-    return tl.where(small, series, tl.log(tl.where(small, 1.0, 1.0 + x)))
+    return 2.0 * w * (1.0 + w2 * (1.0 / 3 + w2 * (1.0 / 5 + w2 * (1.0 / 7 + w2 * (1.0 / 9)))))
+
+
+@triton.jit
+def split(x):
+    """Normal x > 0 -> (exponent e, mantissa m in [0.707, 1.414)) with x = m 2^e."""
+    bits = x.to(tl.int32, bitcast=True)
+    e = (bits - 0x3F3504F3) >> 23
+    return e.to(tl.float32), (bits - (e << 23)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def log(x):
+    """log x for normal x > 0 to float32 precision, in a third of the library's instructions."""
+    e, m = split(x)
+    return e * 0.6931471805599453 + atanh_series((m - 1.0) / (m + 1.0))
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) for x > -1 to float32 precision, also near 0: there 2 atanh(x / (2 + x))."""
+    small = (x > -0.29) & (x < 0.41)
+    e, m = split(tl.where(small, 1.0, 1.0 + x))
+    w = tl.where(small, x, m - 1.0) / tl.where(small, 2.0 + x, m + 1.0)
+    return e * 0.6931471805599453 + atanh_series(w)
 
 
 @triton.jit
@@ -81,32 +102,43 @@ def row_head(C: tl.constexpr, GB: tl.constexpr):
 
 
 @triton.jit
-def load_rows(x, first, stride_t, stride_h, count, heads, C: tl.constexpr, GB: tl.constexpr, D: tl.constexpr,
-              BD: tl.constexpr):  # fmt: skip
-    """[C*GB,BD] tile of GB neighbouring heads of C tokens from x + first, zero outside count, heads and D."""
-    d = tl.arange(0, BD)
-    t, g = row_token(C, GB), row_head(C, GB)
-    mask = ((t < count) & (g < heads))[:, None] & (d < D)[None, :]
-    at = (t * stride_t + g * stride_h)[:, None] + d[None, :]
-    return tl.load(x + first + at, mask=mask, other=0.0)
+def row_mask(count, heads, C: tl.constexpr, GB: tl.constexpr):
+    """[R]: rows of tokens before `count` and of heads before `heads`."""
+    return (row_token(C, GB) < count) & (row_head(C, GB) < heads)
 
 
 @triton.jit
-def store_rows(x, value, first, stride_t, stride_h, count, heads, C: tl.constexpr, GB: tl.constexpr, D: tl.constexpr,
+def real_rows(positions, row0, count, heads, C: tl.constexpr, GB: tl.constexpr, HAS_POSITIONS: tl.constexpr):
+    """`row_mask` without padding, whose position is -1."""
+    mask = row_mask(count, heads, C, GB)
+    if HAS_POSITIONS:
+        mask = mask & (tl.load(positions + row0 + row_token(C, GB), mask=mask, other=-1) >= 0)
+    return mask
+
+
+@triton.jit
+def load_rows(x, first, stride_t, stride_h, mask, C: tl.constexpr, GB: tl.constexpr, D: tl.constexpr,
+              BD: tl.constexpr):  # fmt: skip
+    """[C*GB,BD] tile of GB neighbouring heads of C tokens from x + first, zero outside the mask [R] and from D on."""
+    d = tl.arange(0, BD)
+    at = (row_token(C, GB) * stride_t + row_head(C, GB) * stride_h)[:, None] + d[None, :]
+    return tl.load(x + first + at, mask=mask[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(x, value, first, stride_t, stride_h, mask, C: tl.constexpr, GB: tl.constexpr, D: tl.constexpr,
                BD: tl.constexpr):  # fmt: skip
     """The counterpart of `load_rows`."""
     d = tl.arange(0, BD)
-    t, g = row_token(C, GB), row_head(C, GB)
-    mask = ((t < count) & (g < heads))[:, None] & (d < D)[None, :]
-    at = (t * stride_t + g * stride_h)[:, None] + d[None, :]
-    tl.store(x + first + at, value.to(x.dtype.element_ty), mask=mask)
+    at = (row_token(C, GB) * stride_t + row_head(C, GB) * stride_h)[:, None] + d[None, :]
+    tl.store(x + first + at, value.to(x.dtype.element_ty), mask=mask[:, None] & (d < D)[None, :])
 
 
 @triton.jit
-def add_rows(x, value, first, stride_t, count, again, C: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+def add_rows(x, value, first, stride_t, mask, again, C: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
     """x += value [C,BD] for one head of C tokens; x = value unless `again`."""
     t, d = tl.arange(0, C), tl.arange(0, BD)
-    mask = (t < count)[:, None] & (d < D)[None, :]
+    mask = mask[:, None] & (d < D)[None, :]
     at = x + first + ((t * stride_t)[:, None] + d[None, :])
     value += tl.load(at, mask=mask & again, other=0.0).to(tl.float32)
     tl.store(at, value.to(x.dtype.element_ty), mask=mask)
@@ -147,9 +179,10 @@ def on_turn(position, RING: tl.constexpr, SINKS: tl.constexpr, M: tl.constexpr):
 
 
 @triton.jit
-def load_gates(gate, s, write, keep, position, row0, count, h, H, damping, FORM: tl.constexpr, RING: tl.constexpr,
+def load_gates(gate, s, write, keep, position, row0, count, h, H, rate, FORM: tl.constexpr, RING: tl.constexpr,
                SINKS: tl.constexpr, HAS_S: tl.constexpr, C: tl.constexpr, M: tl.constexpr):  # fmt: skip
-    """Gates of one chunk and head, as spec.gates: (log alpha floored, write weight, pre-activation), each [C,M]."""
+    """Gates of one chunk and head, as spec.gates: (log alpha floored, write weight, pre-activation), each [C,M].
+    rate = 1 / damping."""
     t, m = tl.arange(0, C), tl.arange(0, M)
     first = (row0 * H + h) * M
     at = (t * (H * M))[:, None] + m[None, :]
@@ -162,10 +195,10 @@ def load_gates(gate, s, write, keep, position, row0, count, h, H, damping, FORM:
         bias = tl.zeros([C, M], tl.float32)
     if FORM == "sigmoid":
         x += bias
-        log_alpha = -(tl.maximum(-x, 0.0) + log1p(tl.exp(-tl.abs(x)))) / damping
+        log_alpha = -(tl.maximum(-x, 0.0) + log1p(tl.exp(-tl.abs(x)))) * rate
         w = -expm1(log_alpha)
     elif FORM == "linear":
-        x = x / damping + bias
+        x = x * rate + bias
         w = tl.minimum(tl.maximum(x, 0.0), 1.0)
         log_alpha = tl.where(w < 1.0, log1p(-tl.where(w < 1.0, w, 0.0)), FLOOR)
     else:
@@ -312,26 +345,24 @@ def with_own(A, own, C: tl.constexpr, GB: tl.constexpr):
 
 
 @triton.jit
-def slot_occupancy(occupancy, pid, L, C: tl.constexpr, GB: tl.constexpr, M: tl.constexpr, OCCUPANCY: tl.constexpr):
-    """[R,M] occupancy z after each token: z_0 e^L + (1 - e^L), as every write weight is one minus its decay."""
-    if OCCUPANCY:
-        z0 = tl.load(occupancy + pid.to(tl.int64) * M + tl.arange(0, M))[None, :]
-        return to_rows(z0 * tl.exp(L) - expm1(L), C, GB, M)
-    else:
-        return tl.full([C * GB, M], 1.0, tl.float32)
+def slot_occupancy(occupancy, pid, L, C: tl.constexpr, M: tl.constexpr):
+    """[C,M] occupancy z after each token: z_0 e^L + (1 - e^L), as every write weight is one minus its decay."""
+    z0 = tl.load(occupancy + pid.to(tl.int64) * M + tl.arange(0, M))[None, :]
+    return z0 * tl.exp(L) - expm1(L)
 
 
 @triton.jit
-def read(logits, z, scale, OCCUPANCY: tl.constexpr):
-    """Softmax over slots, as spec.read_weights: logits q.K [R,M], occupancy z [R,M] -> weights on the slot values."""
-    if OCCUPANCY:
-        present = z > EMPTY
-        z = tl.where(present, z, 1.0)
-        y = tl.where(present, scale * logits / z + tl.log(z), -3e38)
-        e = tl.where(present, tl.exp(y - tl.max(y, axis=1)[:, None]), 0.0)
-        total = tl.sum(e, axis=1)
-        return e / tl.where(total > 0, total, 1.0)[:, None] / z
-    else:
-        y = scale * logits
-        e = tl.exp(y - tl.max(y, axis=1)[:, None])
-        return e / tl.sum(e, axis=1)[:, None]
+def inverse_and_log(z):
+    """1 / z and log z of an occupancy; 0 and -3e38 for an empty slot, which `read` then gives no weight."""
+    present = z > EMPTY
+    z = tl.where(present, z, 1.0)
+    return tl.where(present, 1.0 / z, 0.0), tl.where(present, log(z), -3e38)
+
+
+@triton.jit
+def read(logits, inverse, log_z, scale):
+    """Softmax over slots, as spec.read_weights: logits q.K [R,M] -> its weights, which times `inverse` are the weights
+    on the slot values."""
+    y = scale * logits * inverse + log_z
+    e = tl.exp(y - tl.max(y, axis=1)[:, None])
+    return e / tl.sum(e, axis=1)[:, None]
