@@ -13,7 +13,7 @@ import torch
 from t2r.errors import UserError, nearest
 
 PACKAGE = "package:"
-PIECE_BYTES = 8 << 20  # large enough for a disk, small enough for a cache
+PIECE_BYTES = 2 << 20  # large enough for a disk, small enough for a cache
 # What transformers raises for a config that makes no sense, depending on where it notices.
 CONFIG_FAULTS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 SAFETENSORS_DTYPES = {
