@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -130,9 +131,10 @@ def test_sigterm_to_the_launcher_reaches_every_process(run, tmp_path, capfd):
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the process in /proc")
 def test_a_process_that_dies_ends_the_run_with_its_name(run, tmp_path, capfd):
     def kill():
-        children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
-        (victim,) = (int(pid) for pid in children if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
-        os.kill(victim, signal.SIGKILL)
+        for pid in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split():
+            with suppress(OSError):  # one that has ended since
+                if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes():
+                    os.kill(int(pid), signal.SIGKILL)
 
     out = tmp_path / "run"
     after_steps(3, out, kill)

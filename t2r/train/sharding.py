@@ -63,8 +63,9 @@ def join_group(device: str) -> Group:
         place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(place)
     backend = "nccl" if device == "cuda" else "gloo"
-    if "RANK" not in os.environ and not dist.is_initialized():
+    if "RANK" not in os.environ:
         os.environ["LOCAL_RANK"] = "0"
+    if "RANK" not in os.environ and not dist.is_initialized():
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
     atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
