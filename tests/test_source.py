@@ -1,9 +1,13 @@
 """Every format reads back exactly, and every fault is one line that names it."""
 
+import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -252,6 +256,28 @@ def test_a_config_that_is_no_json(folder, fault):
 def test_an_adapter_names_the_merge_command(folder, fault):
     (folder / "adapter_config.json").write_text("{}")
     fault(folder, "PEFT adapter", str(folder), "merge_and_unload().save_pretrained(")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="needs `pip install peft`")
+def test_the_merge_command_merges(tiny_llama, tmp_path):
+    """The command that the error ends with, run by a shell, gives a folder that opens and holds the merged weights."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError) as error:
+        open_source(tmp_path / "adapter")
+    words = shlex.split(str(error.value).rpartition("; try: `")[2].removesuffix("`"))
+    run = subprocess.run([sys.executable, *words[1:]], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    merged = open_source(tmp_path / "adapter-merged")
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    expected = PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload().state_dict()
+    name = "model.layers.1.self_attn.q_proj.weight"
+    assert torch.equal(merged.tensor(name), expected[name])
+    assert not torch.equal(merged.tensor(name), open_source(tiny_llama).tensor(name))
+    assert merged.load_tokenizer().decode([70]) == open_source(tiny_llama).load_tokenizer().decode([70])
 
 
 class Payload:
