@@ -1,6 +1,7 @@
 """The one place where texts are scored and continued for a task: right-padded batches, logits only where needed."""
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import takewhile
 from typing import NamedTuple
 
 import torch
@@ -62,26 +63,38 @@ class Written(NamedTuple):
     ended: bool
 
 
-def batches(items: Sequence, size: int | None, device: torch.device, work: Callable[[Sequence], None]) -> None:
+def batches(
+    items: Sequence,
+    size: int | None,
+    device: torch.device,
+    work: Callable[[Sequence], None],
+    length: Callable[[object], int] = lambda item: 1,
+) -> None:
     """work(batch) for consecutive batches of `size` items, None: as many as the device's memory holds, found by
-    halving where it ends. work must leave nothing behind when it fails. Raises UserError where not even one item fits.
+    halving where it ends. work must leave nothing behind when it fails.
+
+    length: of an item in tokens; items come longest first, and one of less than half the first's length begins the next
+    batch, so that little is read that is only padding. Raises UserError where not even one item fits.
     """
     room = size or AUTO.get(device.type, 8)
     at = 0
     while at < len(items):
+        bound = length(items[at]) / 2
+        batch = list(takewhile(lambda item, bound=bound: length(item) >= bound, items[at : at + room]))
         try:
-            work(items[at : at + room])
+            work(batch)
         except torch.OutOfMemoryError as error:
-            if size is not None or room == 1:
-                fit = "not even one item" if room == 1 else f"not a batch of {room}"
+            if size is not None or len(batch) == 1:
+                fit = "not even one item" if len(batch) == 1 else f"not a batch of {len(batch)}"
+                close = "auto" if len(batch) > 1 else None
                 raise UserError(
-                    f"out of memory on {device}: {fit} fits", where="--batch-size", nearest="auto" if room > 1 else None
+                    f"out of memory on {device}: {fit} fits", where="--batch-size", nearest=close
                 ) from error
         else:
-            at += room
+            at += len(batch)
             continue
         torch.cuda.empty_cache()  # here, where the failed attempt's tensors are gone
-        room //= 2
+        room = len(batch) // 2
 
 
 def longest_first(lengths: Sequence[int]) -> list[int]:
@@ -103,7 +116,8 @@ def score(model, passages: list[Passage], batch_size: int | None) -> list[Score]
     texts = list(shared.items())
     order = [texts[i] for i in longest_first([len(read) for read, _ in texts])]
     scores: dict[int, Score] = {}
-    batches(order, batch_size, model.device, lambda batch: scores.update(score_batch(model, passages, batch)))
+    read = lambda batch: scores.update(score_batch(model, passages, batch))  # noqa: E731
+    batches(order, batch_size, model.device, read, length=lambda text: len(text[0]))
     return [scores[i] for i in range(len(passages))]
 
 
@@ -169,5 +183,5 @@ def continue_texts(
                 text = text.partition(stop)[0]
             texts[i] = Written(text, ended)
 
-    batches(order, batch_size, model.device, work)
+    batches(order, batch_size, model.device, work, length=lambda i: len(prompts[i]))
     return [texts[i] for i in range(len(prompts))]

@@ -274,7 +274,7 @@ def test_throughput_ends_where_memory_does(model, tokenizer, monkeypatch):
     assert outcome.text == "batch 1: out of memory from 32 tokens on\nbatch 2: out of memory from 16 tokens on"
 
 
-def test_auto_batches_halve_where_memory_ends():
+def test_batches_halve_where_memory_ends_and_hold_like_lengths():
     device, sizes = torch.device("cpu"), []
 
     def work(batch):
@@ -285,12 +285,16 @@ def test_auto_batches_halve_where_memory_ends():
     batches(list(range(11)), None, device, work)
     assert sizes == [8, 4, 2, 2, 2, 2, 2, 1]
 
+    read = []
+    batches([900, 800, 500, 400, 60, 40, 29], 8, device, read.append, length=lambda item: item)
+    assert read == [[900, 800, 500], [400], [60, 40], [29]]  # none is padded to more than twice its length
+
     def never(batch):
         raise torch.OutOfMemoryError("no")
 
     with pytest.raises(UserError, match="out of memory on cpu: not even one item fits .in --batch-size."):
         batches([1, 2], None, device, never)
-    with pytest.raises(UserError, match="not a batch of 4 fits.*nearest valid: auto"):
+    with pytest.raises(UserError, match="not a batch of 2 fits.*nearest valid: auto"):
         batches([1, 2], 4, device, never)
 
 
