@@ -1,5 +1,6 @@
 """Configurations: what is read, and that every mistake is named in one line."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from t2r.config import find, load, save, shipped
 from t2r.errors import UserError
 from t2r.schema import RunConfig, StageConfig, check, load_run, with_device
+from t2r.train.sharding import engine_config, zero_stage
 
 STAGE = "stages: [{kind: align, tokens: 640, context: 64, batch_tokens: 128, micro_batch: 2, lr: {gates: 1e-3}}]"
 
@@ -93,14 +95,54 @@ def test_a_mistake_is_named(file, text, words, message):
         ("stages.0.validation_tokens=64", "stages.0.validation_tokens needs data.validation"),
         ("data.train=[]", "data.train is empty, but there are stages"),
         ("compare.limit=0", "compare.limit is 0, it must be positive"),
+        ("stages.0.schedule=wsd", "stages.0.decay_tokens is 0 with schedule wsd"),
+        ("stages.0.decay_tokens=64", "stages.0.decay_tokens is 64 with schedule cosine"),
+        ("stages.0.schedule=wsd;stages.0.decay_tokens=640;stages.0.warmup_tokens=64", "stages.0.decay_tokens is 640, more"),
+        ("stages.0.validate_every=2", "stages.0.validate_every is 2, but there are no validation_tokens"),
+        ("stages.0.give_up=0", "stages.0.give_up is 0, it must be positive"),
+        ("stages.0.lr.named={x: 2}", "stages.0.lr.named.x is 2.0"),
+        ("stages.0.lora={rank: 0}", "stages.0.lora needs a positive rank and alpha"),
+        ("stages.0.lora={targets: []}", "stages.0.lora.targets is empty"),
+        ("stages.0.lora={rank: 8}", "stages.0.lora has lr.mixer and lr.body 0"),
+        ("data.mix=[{data: [x]}]", "data.mix takes the place of data.train"),
+        ("data={mix: [{data: [x], weight: 0}]}", "data.mix.0.weight is 0.0, it must be positive"),
+        ("data={mix: [{data: []}]}", "data.mix.0.data is empty"),
+        ("data.held_out=1", "data.held_out is 1.0, a share of the documents"),
+        ("data={train: [x], validation: [y], held_out: 0.1}", "data.held_out takes the place of data.validation"),
+        ("deepspeed={offload: optimizer, zero: 0}", "deepspeed.offload is optimizer, but zero is 0"),
+        ("deepspeed={offload: all, zero: 2}", "deepspeed.offload is all, but zero is 2"),
+        ("deepspeed={json: x.json, zero: 2}", "deepspeed.json replaces zero and offload"),
     ],
 )
 def test_values_that_do_not_fit_together(file, word, message):
     path = file(f"source: a\ndata: {{train: [x]}}\n{STAGE}")
     load_run(path)
     with pytest.raises(UserError) as error:
-        load_run(path, [word])
+        load_run(path, word.split(";"))
     assert str(error.value).startswith(message.replace("{}", str(path)))
+
+
+def test_a_deepspeed_file_of_the_user_s_own(file, tmp_path):
+    path, ours = file(f"source: a\ndata: {{train: [x]}}\n{STAGE}"), tmp_path / "ds.json"
+    config = load_run(path, [f"deepspeed.json={ours}"])
+    (stage,) = config.stages
+
+    def settings(**theirs):
+        ours.write_text(json.dumps(theirs))
+        return engine_config(config.deepspeed, stage, torch.bfloat16, world=1)
+
+    found = settings(zero_optimization={"stage": 2, "overlap_comm": True}, gradient_clipping="auto", zero_hpz=4)
+    assert found["zero_optimization"] == {"stage": 2, "overlap_comm": True} and found["zero_hpz"] == 4
+    assert found["gradient_clipping"] == 1.0 and found["train_micro_batch_size_per_gpu"] == 2
+    assert zero_stage(config.deepspeed) == 2
+    assert "zero_optimization" not in settings(wall_clock_breakdown=True) and zero_stage(config.deepspeed) == 0
+    with pytest.raises(UserError, match="train_batch_size is set here and by the stages' batch_tokens"):
+        settings(train_batch_size=8)
+    with pytest.raises(UserError, match="optimizer is set here and by the stages' lr"):
+        settings(optimizer={"type": "Adam"})
+    ours.write_text("{")
+    with pytest.raises(UserError, match="deepspeed.json cannot be read"):
+        zero_stage(config.deepspeed)
 
 
 def test_a_missing_file_names_the_nearest_shipped_one():

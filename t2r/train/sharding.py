@@ -141,7 +141,7 @@ def engine_config(
         sharding["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if config.offload == "all":
         sharding["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    settings = {"zero_optimization": sharding} | read_json(config)
+    settings = {"zero_optimization": sharding} if config.json is None else read_json(config)
     settings |= {
         "train_micro_batch_size_per_gpu": stage.micro_batch,
         "gradient_accumulation_steps": stage.rows // (stage.micro_batch * world),
