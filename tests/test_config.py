@@ -97,7 +97,10 @@ def test_a_mistake_is_named(file, text, words, message):
         ("compare.limit=0", "compare.limit is 0, it must be positive"),
         ("stages.0.schedule=wsd", "stages.0.decay_tokens is 0 with schedule wsd"),
         ("stages.0.decay_tokens=64", "stages.0.decay_tokens is 64 with schedule cosine"),
-        ("stages.0.schedule=wsd;stages.0.decay_tokens=640;stages.0.warmup_tokens=64", "stages.0.decay_tokens is 640, more"),
+        (
+            "stages.0.schedule=wsd;stages.0.decay_tokens=640;stages.0.warmup_tokens=64",
+            "stages.0.decay_tokens is 640, more than the warm-up leaves",
+        ),
         ("stages.0.validate_every=2", "stages.0.validate_every is 2, but there are no validation_tokens"),
         ("stages.0.give_up=0", "stages.0.give_up is 0, it must be positive"),
         ("stages.0.lr.named={x: 2}", "stages.0.lr.named.x is 2.0"),
