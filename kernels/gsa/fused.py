@@ -34,32 +34,37 @@ class Tile(NamedTuple):
     outer: int = 4
 
 
+WIDE = {"output": 8, "inner": 8, "outer": 8}
 # The first row that fits: bytes of shared memory that a block may have, element size, head dim, slots -> tile of one
-# query head, tile of an even or large group. docs/results/kernels/compile.py compiles every row for sm_80, 89 and 90.
+# query head, tile of an even or large group. Chosen by the registers and spills of docs/results/kernels/compile.py.
 TILES = [
     # shared, bytes, dim, slots
-    ((200_000, 2, 128, 64), Tile(64), Tile(64, 2, output=8, inner=8, outer=8)),
-    ((90_000, 2, 128, 64), Tile(32), Tile(32, 2)),
-    ((90_000, 2, 256, 128), Tile(32), Tile(32, 2)),
-    ((90_000, 4, 128, 64), Tile(32), Tile(32)),
-    ((0, 4, 256, 256), Tile(16), Tile(16)),
+    ((200_000, 2, 128, 64), Tile(64), Tile(64, 2, **WIDE)),
+    ((160_000, 2, 256, 64), Tile(32, **WIDE), Tile(32, **WIDE)),
+    ((160_000, 2, 128, 128), Tile(32, **WIDE), Tile(32, **WIDE)),
+    ((200_000, 2, 256, 256), Tile(16, **WIDE), Tile(16, 2, **WIDE)),
+    ((90_000, 2, 128, 64), Tile(32), Tile(32)),
+    ((90_000, 4, 128, 64), Tile(16, **WIDE), Tile(16, **WIDE)),
+    ((200_000, 4, 256, 256), Tile(16, **WIDE), Tile(16, **WIDE)),
 ]
+INTERPRETED = 227_000  # the interpreter has no limit: the tiles of a Hopper GPU
 
 
-def tile_for(dim: int, slots: int, groups: int, dtype: torch.dtype, shared: int = 227_000) -> Tile:
-    """The tile for the larger head dim, slots, query heads per kv head, type, and shared memory of a block in bytes."""
+def tile_for(dim: int, slots: int, groups: int, dtype: torch.dtype, shared: int = INTERPRETED) -> Tile | None:
+    """The tile for the larger head dim, slots, query heads per kv head, type, and shared memory of a block in bytes;
+    None if there is none."""
     size = 2 if dtype == torch.bfloat16 else 4  # float16 is computed in float32: decays leave its range
     for (least, largest, dims, most), single, several in TILES:
         if shared >= least and size <= largest and dim <= dims and slots <= most:
             return several if groups % 2 == 0 or groups > 3 else single
-    raise AssertionError("the last row takes all")
+    return None
 
 
 @functools.cache
 def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a block of threads may have; the interpreter has no limit."""
+    """Bytes of shared memory that a block of threads may have."""
     if device.type != "cuda":
-        return 227_000
+        return INTERPRETED
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
@@ -76,6 +81,8 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, occupancy: bool, s: T
         return f"inputs of {q.dtype}"
     if occupancy and s is not None:
         return "occupancy with write weights apart from the decay"
+    if tile_for(max(D, E), M, G, q.dtype, shared_memory(q.device)) is None:
+        return f"heads of {max(D, E)} with {M} slots in {q.dtype} on a GPU with so little shared memory"
     return None
 
 
