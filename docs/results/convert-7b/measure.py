@@ -167,7 +167,7 @@ def report(results: dict) -> None:
         f"{max(results['load']):.1f} on its cores.\nRaw: [measurements.json](measurements.json).\n\n"
         "| | seconds | speed of cp | peak memory (RSS) |\n|---|---|---|---|\n"
         + "\n".join(rows)
-        + f"\n\nPhases of the full command: {phases}. {full.get('note', '')}".strip()
+        + f"\n\nPhases of the full command: {phases}. {full.get('note', '')}".rstrip()
         + "\n"
     )
 
