@@ -46,10 +46,12 @@ class GSAMixin(GSAParameters):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        max_length_q: int | None = None,
         **kwargs,
     ):
         """The source's forward. attention_mask [B, T] or [B, past + T], 1 = token, 0 = padding on either side;
-        cu_seq_lens_q [N+1]: packed documents, over the flattened [B*T] tokens (no cache then)."""
+        cu_seq_lens_q [N+1]: packed documents, over the flattened [B*T] tokens (no cache then); max_length_q: no
+        document is longer (without it one host read finds out)."""
         tokens = input_ids if input_ids is not None else inputs_embeds
         B, T = tokens.shape[:2]
         wants_cache = self.config.use_cache if use_cache is None else use_cache
@@ -61,7 +63,9 @@ class GSAMixin(GSAParameters):
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None:
             adopt(past_key_values, self.gsa_layers, len(self.layers))
-        context, position_ids = self.gsa_context(tokens, attention_mask, position_ids, past_key_values, cu_seq_lens_q)
+        context, position_ids = self.gsa_context(
+            tokens, attention_mask, position_ids, past_key_values, cu_seq_lens_q, max_length_q
+        )
         if len(self.gsa_layers) == len(self.layers):
             # A 4-D mask passes through the backbone untouched: without one it would build [B, 1, T, T] for nobody.
             attention_mask = torch.empty(1, 1, 1, 1, device=tokens.device)
@@ -81,7 +85,13 @@ class GSAMixin(GSAParameters):
         )
 
     def gsa_context(
-        self, tokens: Tensor, mask: Tensor | None, position_ids: Tensor | None, cache, cu_seqlens: Tensor | None
+        self,
+        tokens: Tensor,
+        mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache,
+        cu_seqlens: Tensor | None,
+        max_length: int | None = None,
     ) -> tuple[Context, Tensor]:
         """Context of one forward and the rotary positions [B,T]: the given ones, else the positions in the document."""
         B, T = tokens.shape[:2]
@@ -92,7 +102,7 @@ class GSAMixin(GSAParameters):
             index = torch.arange(B * T, device=tokens.device)
             document = torch.searchsorted(cu_seqlens[1:], index, right=True)
             positions = (index - cu_seqlens[document]).view(B, T)
-            longest = int(cu_seqlens.diff().max())
+            longest = int(cu_seqlens.diff().max()) if max_length is None else max_length
             context = Context(cu_seqlens=cu_seqlens)
         elif mask is not None:
             first = 0 if past == 0 else memory.state.position[:, None]

@@ -41,7 +41,9 @@ class Align(Stage):
     def loss(self, student, teacher, batch: Batch) -> Loss:
         """Mean over layers of the error of the mixers' outputs, as o_proj puts them out."""
         lessons = attention_lessons(teacher, batch)
-        context, _ = student.model.gsa_context(batch.input_ids, None, batch.position_ids, None, batch.cu_seqlens)
+        context, _ = student.model.gsa_context(
+            batch.input_ids, None, batch.position_ids, None, batch.cu_seqlens, batch.input_ids.shape[1]
+        )
         errors = []
         for mixer, (inputs, rotary, target) in zip(mixers(student), lessons, strict=True):
             if not isinstance(mixer, GSAttention):
@@ -111,7 +113,7 @@ def hidden_states(model, batch: Batch) -> Tensor:
     """Output [B,T,W] of a causal LM before its head; documents do not see each other, in either kind of model."""
     (B, T), window = batch.input_ids.shape, getattr(model.config, "sliding_window", None)
     if getattr(model.config, "gsa", None):
-        packing = {"position_ids": batch.position_ids, "cu_seq_lens_q": batch.cu_seqlens}
+        packing = {"position_ids": batch.position_ids, "cu_seq_lens_q": batch.cu_seqlens, "max_length_q": T}
     elif batch.cu_seqlens.numel() == B + 1:
         packing = {}  # each row is one document: plain causal attention, for which there are the fastest kernels
     elif window and window < T:
