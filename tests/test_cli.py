@@ -84,6 +84,7 @@ def test_the_arguments_of_a_verb_fit_its_target(name):
         "ls": [],
         "cp": ["x", "file"],
         "validate": ["x"],
+        "bench": ["kernels", "--shape", "8,2048,32,8,128,64", "--gates", "paper"],
         "env": [],
     }
     verb, arguments = cli.parse([name, *words[name]])
