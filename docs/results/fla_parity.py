@@ -3,7 +3,8 @@
     python docs/results/fla_parity.py OUT.json        (needs flash-linear-attention 0.6.0 on the path)
 
 A random Llama with 2 kv heads is converted with the preset `paper`, given random gates and norms, exported, and read by
-both. Against ours in float64, float32 must agree to 1e-3 of the largest logit (fla's products are tf32), bfloat16 to 3e-2.
+both. Against ours in float64, float32 must agree to 1e-3 of the largest logit (fla's products are tf32), bfloat16 to
+3e-2.
 """
 
 import json
@@ -13,7 +14,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from t2r.convert import convert
 from t2r.convert.fla import export
@@ -32,6 +34,8 @@ def main(out: str) -> None:
         num_key_value_heads=2, head_dim=64, max_position_embeddings=2048, tie_word_embeddings=False,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder / "source")
+    words = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder / "source")
     convert(str(folder / "source"), str(folder / "paper"), preset="paper", slots=64, verify=False)
     weights = folder / "paper" / "model.safetensors"
     tensors = load_file(weights)
