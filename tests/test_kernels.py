@@ -276,25 +276,35 @@ def test_small_functions_against_float64(tmp_path):
     subprocess.run([sys.executable, script], check=True)
 
 
-GPU_SHAPES = [
-    {"T": T, "H": 2, "G": G, "D": D, "M": M, "B": 2}
-    for T, G, D, M in [
-        (1, 4, 128, 64), (15, 1, 64, 16), (63, 2, 64, 32), (64, 3, 64, 64), (65, 4, 128, 64), (100, 8, 128, 64),
-        (1000, 4, 128, 64), (2049, 3, 64, 64), (257, 4, 80, 64), (257, 4, 96, 128), (257, 2, 256, 64),
-        (257, 4, 128, 128), (257, 4, 128, 256), (257, 1, 256, 256), (257, 5, 64, 128),
-        (257, 6, 128, 16), (257, 7, 128, 32),
-    ]
-]  # fmt: skip
+# Every shape of tile is compiled once for each spec and type, which takes half a minute: run with -n 16 there.
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("spec", [PAPER, HARD_CLOCK], ids=["paper", "hard_clock"])
+def test_lengths_on_a_gpu(spec, dtype):
+    if spec.ring:
+        spec = replace(spec, ring=64)
+    for T in (1, 15, 63, 64, 65, 100, 1000, 2049):
+        compare(spec, dtype, shape={"T": T, "B": 2, "H": 2, "G": 4, "D": 128, "M": 64})
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("spec", [*SPECS.values(), HARD_CLOCK], ids=[*SPECS, "hard_clock"])
-@pytest.mark.parametrize("shape", GPU_SHAPES, ids=str)
-def test_on_a_gpu(spec, shape, dtype):
-    if spec.ring > shape["M"]:
-        spec = replace(spec, ring=shape["M"])
-    compare(spec, dtype, shape=shape)
+@pytest.mark.parametrize(
+    "spec", [SOFT_CLOCK, LONG_SLOTS, TIED, UNTIED], ids=["soft_clock", "long_slots", "tied", "untied"]
+)
+def test_specs_on_a_gpu(spec, dtype):
+    compare(spec, dtype, shape={"T": 257, "B": 2, "H": 2, "G": 4, "D": 128, "M": 64})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("spec", [PAPER, HARD_CLOCK], ids=["paper", "hard_clock"])
+@pytest.mark.parametrize(
+    ("G", "D", "M"),
+    [(1, 64, 16), (2, 64, 32), (3, 64, 64), (8, 128, 64), (4, 80, 64), (4, 96, 128), (2, 256, 64), (4, 128, 128),
+     (4, 128, 256), (1, 256, 256), (5, 64, 128), (6, 128, 16), (7, 128, 32)],
+)  # fmt: skip
+def test_sizes_on_a_gpu(spec, G, D, M):
+    compare(spec, torch.bfloat16, shape={"T": 257, "B": 2, "H": 2, "G": G, "D": D, "M": M})
 
 
 @pytest.mark.gpu
