@@ -107,7 +107,12 @@ def _leaderboard(parser: argparse.ArgumentParser) -> None:
 def _recipe(parser: argparse.ArgumentParser, out: str) -> None:
     parser.add_argument("--recipe", default="quick", metavar="R", help="name or YAML file (default: quick)")
     parser.add_argument("--out", metavar="DIR", help=f"folder to make (default: {out})")
-    parser.add_argument("--data", metavar="DIR", help="folder of benchmark files, read in place of the hub's")
+    parser.add_argument(
+        "--data",
+        metavar="DIR",
+        help="folder of benchmark files, read in place of the hub's: DIR/piqa/validation.jsonl and so on, with the "
+        "data sets' own fields (recipes/README.md lists them)",
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="at most N items of each task")
     parser.add_argument(
         "--batch-size", type=batch_size, metavar="N", help="texts read at once, or auto (default: the recipe's)"

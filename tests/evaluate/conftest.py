@@ -73,4 +73,4 @@ def eval_data(tmp_path_factory):
     spec = spec_from_file_location("items", Path(__file__).with_name("items.py"))
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.write(tmp_path_factory.mktemp("eval"))
+    return module.write(tmp_path_factory.mktemp("shared") / "eval")

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import zstandard
+
 MMLU = (
     "abstract_algebra anatomy astronomy business_ethics clinical_knowledge college_biology college_chemistry "
     "college_computer_science college_mathematics college_medicine college_physics computer_security "
@@ -130,6 +132,12 @@ def rows() -> dict[str, list[dict]]:
 
 
 def write(folder: Path) -> Path:
+    prose = "".join(f"The {thing} in this story is made of {stuff}. " for thing, stuff in THINGS) * 180
+    (folder / "wikitext2").mkdir(parents=True)
+    (folder / "wikitext2" / "wiki.test.raw").write_text(prose)
+    (folder.parent / "corpus").mkdir()
+    with zstandard.open(folder.parent / "corpus" / "validation-books.jsonl.zst", "wt") as file:
+        file.write("".join(json.dumps({"text": half, "title": "Things"}) + "\n" for half in (prose[:999], prose[999:])))
     for file, lines in rows().items():
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).write_text("".join(json.dumps(line) + "\n" for line in lines))

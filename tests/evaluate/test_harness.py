@@ -1,6 +1,7 @@
 """lm-eval's tasks on a loaded model: the scores are those of lm-eval's own backend, whatever the batch."""
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ from t2r.evaluate import adapter, compare
 from t2r.evaluate.harness import Harness, permuted
 from t2r.evaluate.likelihood import LastWord, MultipleChoice
 from t2r.evaluate.recipe import load_recipe
-from t2r.evaluate.task import Place
+from t2r.evaluate.task import Place, locate, rows
+
+RECIPES = Path(__file__).parents[2] / "recipes"
 
 COMMONSENSE = {task.name: task for task in load_recipe("commonsense").tasks}
 NINE = {task.name: task for task in load_recipe("paper-table3").tasks}
@@ -168,11 +171,28 @@ def test_a_mistake_is_one_line(change, message, model, tokenizer, eval_data):
     assert "\n" not in str(error.value)
 
 
-def test_every_recipe_reads_files_that_exist_in_the_shared_layout():
-    layout = Path("/work/shared/data/eval")
-    if not layout.is_dir():
-        pytest.skip("needs the folder of real benchmark items")
-    for name in ("commonsense", "mmlu", "short"):
-        for task in load_recipe(name).tasks:
-            files = getattr(task, "files", None) or {"": task.data.removeprefix("eval:")}
-            assert all((layout / file.partition("[")[0]).is_file() for file in files.values()), task.name
+def named_files(name):
+    """The files below `--data` that a shipped recipe names."""
+    for task in load_recipe(name).tasks:
+        own = getattr(task, "data", "")
+        files = [*getattr(task, "files", {}).values()] + [own.removeprefix("eval:")] * own.startswith("eval:")
+        yield from (file.partition("[")[0] for file in files)
+
+
+def test_the_layout_of_a_data_folder_is_as_documented(eval_data):
+    """What recipes read is what recipes/README.md lists, and rows have the fields that it says."""
+    table = re.findall(r"^\| `([^`]+/[^`]+)` \|.*\| (.*) \|$", (RECIPES / "README.md").read_text(), re.MULTILINE)
+    fields = {file: re.findall(r"`(\w+)`", words) for file, words in table}
+    assert fields.keys() == {file for path in RECIPES.glob("*.yaml") for file in named_files(path.stem)}
+    for file, names in fields.items():
+        row = next(rows(locate(f"eval:{file}", Place(data=eval_data))))
+        assert names or file.endswith(".raw")
+        assert set(names) <= row.keys(), file
+
+
+@pytest.mark.parametrize("name", ["commonsense", "short", "long"])
+def test_a_recipe_is_prepared_from_the_documented_layout(name, tokenizer, eval_data):
+    recipe = load_recipe(name)
+    items = recipe.prepare(tokenizer, Place(data=eval_data))
+    assert not recipe.notes and items.keys() == {task.name for task in recipe.tasks}
+    assert all(task.coverage for task in recipe.tasks)
