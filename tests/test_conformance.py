@@ -8,27 +8,20 @@ import shutil
 
 import pytest
 import torch
+from model_cases import disturb, padded, same, same_where, tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Gemma3TextConfig, pipeline
 
 from t2r.cli import main
 from t2r.evaluate.efficiency import cache_bytes, state_bytes
-from t2r.modeling.attention import GSAttention
 from t2r.modeling.cache import SlotCacheLayer
 from t2r.modeling.configuration import GSAConfig
 
 KINDS = ["sliding_attention", "sliding_attention", "full_attention", "full_attention"]
 
 
-def disturb(folder):
-    """Gates that do everything a gate can do, not the clock alone."""
+def disturb_folder(folder):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, GSAttention):
-                module.f_proj.weight.normal_(std=module.gsa.damping / 10)
-                module.write.add_(0.2 * torch.randn_like(module.write))
-                module.keep.add_(0.2 * torch.randn_like(module.keep))
+    disturb(model)
     model.save_pretrained(folder)
 
 
@@ -37,7 +30,7 @@ def pure_folder(tiny_llama, tmp_path_factory):
     out = tmp_path_factory.mktemp("pure") / "model"
     options = ["--slots", "16", "--sinks", "3", "--dtype", "float32", "--no-verify"]
     assert main(["convert", str(tiny_llama), str(out), *options]) == 0
-    disturb(out)
+    disturb_folder(out)
     return out
 
 
@@ -64,7 +57,7 @@ HYBRID = ["--slots", "16", "--sinks", "3", "--long-slots", "4", "--layer-slots",
 def hybrid_folder(gemma, tmp_path_factory):
     out = tmp_path_factory.mktemp("hybrid") / "model"
     assert main(["convert", str(gemma), str(out), *HYBRID, "--no-verify"]) == 0
-    disturb(out)
+    disturb_folder(out)
     return out
 
 
@@ -79,14 +72,6 @@ def model(folder):
 
 
 BOTH = pytest.mark.parametrize("folder", ["pure", "hybrid"], indirect=True)
-
-
-def tokens(*shape, seed=0):
-    return torch.randint(3, 250, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def same(a, b, atol=1e-4):
-    torch.testing.assert_close(a, b, rtol=0, atol=atol)
 
 
 def test_a_hybrid_is_verified_and_describes_itself(gemma, tmp_path, capsys):
@@ -197,13 +182,8 @@ def test_padding_side_and_packing_change_nothing(model):
     rows = [tokens(1, n, seed=n) for n in (60, 23, 41)]
     alone = [model(row).logits[0] for row in rows]
     for left in (True, False):
-        batch, mask = torch.full((3, 60), 5), torch.zeros(3, 60, dtype=torch.long)
-        for i, row in enumerate(rows):
-            where = slice(60 - row.shape[1], 60) if left else slice(0, row.shape[1])
-            batch[i, where], mask[i, where] = row[0], 1
-        logits = model(batch, attention_mask=mask).logits
-        for i, want in enumerate(alone):
-            same(logits[i, mask[i] == 1], want)
+        batch, mask = padded(rows, left)
+        same_where(mask, model(batch, attention_mask=mask).logits, alone)
     packed, positions = torch.cat(rows, dim=1), torch.cat([torch.arange(row.shape[1]) for row in rows])[None]
     same(model(packed, position_ids=positions).logits[0], torch.cat(alone))
     bounds = torch.tensor([0, 60, 83, 124])

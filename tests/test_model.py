@@ -4,74 +4,21 @@ import copy
 
 import pytest
 import torch
+from model_cases import SINKS, SLOTS, STUDENTS, padded, same, same_where, student_model, teacher_model, tokens
 from torch.nn.functional import logsigmoid, silu
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    DynamicCache,
-    Gemma3TextConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    StaticCache,
-)
+from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-import t2r  # noqa: F401
-from t2r.errors import UserError
 from t2r.kernels.gsa import GSASpec, gsa
-from t2r.modeling.attention import GSAttention
 from t2r.modeling.cache import SlotCacheLayer
-from t2r.modeling.configuration import CONFIG_CLASSES, GSAConfig, fit_layers, preset
+from t2r.modeling.configuration import GSAConfig
 
-SIZES = {
-    "vocab_size": 97, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 6,
-    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, "initializer_range": 0.2,
-    "bos_token_id": 1, "eos_token_id": 96, "pad_token_id": 0,
-}  # fmt: skip
-SLOTS, SINKS = 16, 3
-
-
-def teacher_model():
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
-
-
-def student_model(name="exact", trained=True, **changes):
-    """A converted tiny model; trained: with gates that do everything a gate can do, not the clock alone."""
-    if name == "hybrid":  # softmax below slots of which some are long
-        name, changes = "exact", {"softmax_layers": [0], "slots": SLOTS + 5, **changes}
-    record = preset(name, slots=SLOTS, sinks=SINKS if name == "exact" else None).to_dict() | changes
-    model = AutoModelForCausalLM.from_config(CONFIG_CLASSES["llama"](**SIZES, gsa=record)).eval()
-    missing, unexpected = model.load_state_dict(teacher_model().state_dict(), strict=False)
-    assert not unexpected and all("self_attn" in key for key in missing)
-    if trained:
-        torch.manual_seed(1)
-        with torch.no_grad():
-            for module in model.modules():
-                if isinstance(module, GSAttention):
-                    module.f_proj.weight.normal_(std=module.gsa.damping / 10)
-                    if module.gsa.ring:
-                        module.write.add_(0.2 * torch.randn_like(module.write))
-                        module.keep.add_(0.2 * torch.randn_like(module.keep))
-    return model
-
-
-def tokens(*shape, seed=0):
-    return torch.randint(1, 96, shape, generator=torch.Generator().manual_seed(seed))
-
-
-CASES = pytest.mark.parametrize("model", ["exact", "paper", "hybrid"], indirect=True)
+CASES = pytest.mark.parametrize("model", STUDENTS, indirect=True)
 
 
 @pytest.fixture
 def model(request):
     return student_model(request.param)
-
-
-def same(a, b, atol=1e-4):
-    torch.testing.assert_close(a, b, rtol=0, atol=atol)
 
 
 @torch.no_grad()
@@ -121,19 +68,13 @@ def test_padding_on_either_side_changes_nothing(model):
     rows = [tokens(1, n, seed=n) for n in (90, 33, 64)]
     alone = [model(row).logits[0] for row in rows]
     for left in (True, False):
-        batch, mask = torch.full((3, 90), 5), torch.zeros(3, 90, dtype=torch.long)
-        for i, row in enumerate(rows):
-            where = slice(90 - row.shape[1], 90) if left else slice(0, row.shape[1])
-            batch[i, where], mask[i, where] = row[0], 1
-        logits = model(batch, attention_mask=mask).logits
-        for i, want in enumerate(alone):
-            same(logits[i, mask[i] == 1], want)
+        batch, mask = padded(rows, left)
+        same_where(mask, model(batch, attention_mask=mask).logits, alone)
         if left:
             cache, parts = DynamicCache(), []
             for a, b in ((0, 70), (70, 71), (71, 90)):
                 parts.append(model(batch[:, a:b], attention_mask=mask[:, :b], past_key_values=cache).logits)
-            for i, want in enumerate(alone):
-                same(torch.cat(parts, dim=1)[i, mask[i] == 1], want)
+            same_where(mask, torch.cat(parts, dim=1), alone)
 
 
 @CASES
@@ -186,9 +127,7 @@ def test_generation_with_memory_equals_without(model, how):
 @CASES
 def test_left_padded_generation_equals_each_alone(model):
     rows = [tokens(1, n, seed=n) for n in (41, 12, 30)]
-    batch, mask = torch.zeros(3, 41, dtype=torch.long), torch.zeros(3, 41, dtype=torch.long)
-    for i, row in enumerate(rows):
-        batch[i, 41 - row.shape[1] :], mask[i, 41 - row.shape[1] :] = row[0], 1
+    batch, mask = padded(rows, left=True)
     together = model.generate(batch, attention_mask=mask, max_new_tokens=40, do_sample=False)
     for i, row in enumerate(rows):
         alone = model.generate(row, attention_mask=torch.ones_like(row), max_new_tokens=40, do_sample=False)
@@ -254,26 +193,6 @@ def test_crop_takes_back_tokens(model):
 def kept(model, ids, n):
     """Logits of the last tokens of ids after its first n."""
     return model(torch.cat([ids[:, :n], ids[:, 53:]], dim=1)).logits[:, n:]
-
-
-@CASES
-@torch.no_grad()
-def test_state_size_is_constant_and_forks(model):
-    cache, sizes = DynamicCache(), []
-    for _ in range(3):
-        model(tokens(1, 50), past_key_values=cache)
-        sizes.append(sum(layer.nbytes for layer in cache.layers if isinstance(layer, SlotCacheLayer)))
-    slots = [gsa.slots for gsa in model.model.gsa_layers.values()]
-    assert sizes == [sum(4 * 2 * m * (16 + 16 + 1) + 8 for m in slots)] * 3
-    assert sizes[0] == GSAConfig.of(model.config).state_bytes(model.config)
-    fork = copy.deepcopy(cache)
-    a, b = tokens(1, 20, seed=1), tokens(1, 20, seed=2)
-    want = model(b, past_key_values=copy.deepcopy(cache)).logits
-    model(a, past_key_values=fork)
-    same(model(b, past_key_values=cache).logits, want, atol=0)
-    if len(slots) == 2:  # keys and values are emptied by newer versions of transformers only
-        cache.reset()
-        same(model(b, past_key_values=cache).logits, model(b).logits)
 
 
 def test_a_cache_of_another_model_is_refused():
@@ -364,72 +283,3 @@ def test_far_sinks_are_read_at_the_bounded_distance():
     cache = DynamicCache()
     parts = [model(ids[:, a:b], past_key_values=cache).logits for a, b in ((0, 30), (30, 55), (55, 56), (56, 100))]
     same(torch.cat(parts, dim=1), near)
-
-
-def test_presets_refuse_what_cannot_be():
-    for options in ({"slots": 0}, {"slots": 4, "sinks": 4}, {"sinks": -1}, {"long_slots": -1}):
-        with pytest.raises(UserError):
-            preset("exact", **options)
-    with pytest.raises(UserError, match="outside a ring"):
-        preset("paper", long_slots=4)
-    with pytest.raises(UserError, match="no clock"):
-        preset("paper", sinks=4)
-    with pytest.raises(UserError, match="nearest valid: exact"):
-        preset("exat")
-    config = CONFIG_CLASSES["llama"](**SIZES, gsa={"slotz": 4})
-    with pytest.raises(UserError, match="unknown GSA setting 'slotz'.*nearest valid: slots"):
-        AutoModelForCausalLM.from_config(config)
-    for record in ({"layers": {"2": {}}}, {"softmax_layers": [-1]}):
-        with pytest.raises(UserError, match="there is no layer"):
-            AutoModelForCausalLM.from_config(CONFIG_CLASSES["llama"](**SIZES, gsa=record))
-
-
-def test_slots_fit_each_layer():
-    """fit_layers: a ring as large as a layer's window needs no sinks; near sinks stay within what a layer has seen."""
-    kinds = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
-    config = Gemma3TextConfig(
-        num_hidden_layers=4, layer_types=kinds, sliding_window=512, max_position_embeddings=8192
-    )  # fmt: skip
-    gsa = fit_layers(preset("exact", slots=64, long_slots=8), config, {1: 1000, 2: 100}, [3])
-    full, sliding, more = (gsa.layer(i) for i in range(3))
-    assert (full.slots, full.ring, full.sinks, full.sink_distance) == (72, 64, 4, 1024)
-    assert (sliding.slots, sliding.ring, sliding.sinks, sliding.sink_distance) == (520, 512, 0, None)
-    assert (more.slots, more.ring, more.sinks, more.sink_distance) == (108, 100, 4, 1024)
-    assert gsa.layer(3) is None and GSAConfig(**gsa.to_dict()) == gsa
-    assert fit_layers(preset("exact"), config, {}, []).layer(1).sink_distance == 64
-    assert fit_layers(preset("paper"), config, {1: 32}, []).layer(1).slots == 32
-    with pytest.raises(UserError, match="layer 3 keeps softmax"):
-        fit_layers(preset("exact"), config, {3: 8}, [3])
-    with pytest.raises(UserError, match="4 slots are too few in layer 0"):
-        fit_layers(preset("exact"), config, {0: 4}, [])
-    with pytest.raises(UserError, match="every layer would keep softmax"):
-        fit_layers(preset("exact"), config, {}, [0, 1, 2, 3])
-
-
-@torch.no_grad()
-def test_a_ring_of_the_window_is_the_window():
-    """With as many slots as the window of a sliding layer nothing is lost, however long the text."""
-    torch.manual_seed(0)
-    sizes = SIZES | {"sliding_window": 24, "max_position_embeddings": 4096}
-    teacher = MistralForCausalLM(MistralConfig(**sizes)).eval()
-    gsa = fit_layers(preset("exact", slots=64), teacher.config, {}, [])
-    student = AutoModelForCausalLM.from_config(CONFIG_CLASSES["mistral"](**sizes, gsa=gsa.to_dict())).eval()
-    student.load_state_dict(teacher.state_dict(), strict=False)
-    ids = tokens(1, 400)
-    same(student(ids).logits, teacher(ids).logits)
-    assert student.model.gsa_layers[0].slots == 24
-
-
-def test_long_slots_start_as_slow_averages():
-    """From `ring` on no turn comes: half-lives of 1 to 32 laps, another gate in every slot, and gradients."""
-    model = student_model("hybrid", trained=False)
-    layer = model.model.layers[1].self_attn
-    long = layer.keep[:, SLOTS:]
-    torch.testing.assert_close(0.5 ** (SLOTS * 2 ** torch.linspace(0, 5, 5)).reciprocal(), 1 - long[0])
-    assert not layer.keep[:, :SLOTS].any() and layer.f_proj.weight.view(2, -1, 48)[:, :SLOTS].abs().max() == 0
-    assert layer.f_proj.weight.view(2, -1, 48)[:, SLOTS:].std().item() == pytest.approx(0.03, rel=0.2)
-    ids = tokens(2, 70)
-    model(ids, labels=ids).loss.backward()
-    assert (layer.f_proj.weight.grad.view(2, -1, 48).abs().sum(-1) > 0).all() and (
-        layer.keep.grad[:, SLOTS:] != 0
-    ).all()
