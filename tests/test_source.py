@@ -10,10 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
-from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -335,67 +333,3 @@ def test_a_file_that_shrinks_while_it_is_read(folder):
     os.truncate(folder / "model-00005-of-00005.safetensors", 1000)
     with pytest.raises(UserError, match=f"tensor {re.escape(name)} ends early"):
         source.tensor(name)
-
-
-# The hub and packages
-
-
-def test_the_hub_cache_serves_offline(sharded, tmp_path, monkeypatch):
-    commit = "0" * 40
-    cached = tmp_path / "models--org--tiny"
-    (cached / "refs").mkdir(parents=True)
-    (cached / "refs/main").write_text(commit)
-    (cached / "blobs").mkdir()
-    (cached / "snapshots" / commit).mkdir(parents=True)
-    for file in sharded.iterdir():  # as the client lays them out: links to blobs
-        shutil.copy(file, cached / "blobs" / file.name)
-        (cached / "snapshots" / commit / file.name).symlink_to(f"../../blobs/{file.name}")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    source = open_source("org/tiny")
-    assert source.spec == "org/tiny" and source.path == cached / "snapshots" / commit
-    assert all(torch.equal(tensor, state_of(sharded)[name]) for name, tensor in source.items())
-    (cached / "snapshots" / commit / SHARD).unlink()
-    with pytest.raises(UserError, match=f"shard {SHARD} is missing.*hf download org/tiny {SHARD} --force-download"):
-        open_source("org/tiny")
-    with pytest.raises(UserError, match="no folder 'org/absent' here, and the hub did not deliver it.*hf download"):
-        open_source("org/absent")
-
-
-def test_the_hub_is_asked_for_one_format(sharded, monkeypatch):
-    asked = []
-
-    def download(repo, allow_patterns, ignore_patterns):
-        asked.append((repo, allow_patterns[-1]))
-        return sharded
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    open_source("org/tiny")
-    assert asked == [("org/tiny", "*.safetensors")]
-
-
-@pytest.fixture
-def package(tmp_path, monkeypatch):
-    """An importable package whose import fails, to hold models."""
-    root = tmp_path / "site/t2r_test_models"
-    root.mkdir(parents=True)
-    (root / "__init__.py").write_text("raise RuntimeError('imported')")
-    monkeypatch.syspath_prepend(str(root.parent))
-    return root
-
-
-def test_a_package_is_located_without_importing_it(sharded, package, fault):
-    shutil.copytree(sharded, package / "small")
-    assert open_source("package:t2r-test-models").path == package / "small"
-    shutil.copytree(sharded, package / "large")
-    assert open_source("package:t2r_test_models/large").path == package / "large"
-    fault("package:t2r_test_models", "ships 2 models, not one: large, small")
-    fault("package:t2r_test_models/smal", "ships no model 'smal'", "nearest valid: small")
-    fault("package:t2r_test_models/../..", "ships no model '../..'")
-
-
-def test_packages_that_are_not_there(package, fault):
-    fault("package:t2r_test_models", "ships 0 models, not one: none")
-    fault("package:t2r_absent", "no installed package 't2r_absent'", "pip install t2r_absent")
-    fault("package:os.path", "no installed package 'os.path'")
-    fault("package:", "no installed package ''")
