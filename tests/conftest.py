@@ -1,3 +1,4 @@
+import json
 import os
 import random
 from pathlib import Path
@@ -54,7 +55,7 @@ def poisoned_empty(monkeypatch):
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory) -> Path:
-    """A Llama folder that transformers wrote: random weights, 2 layers, 6 heads on 2 kv heads, bfloat16, three shards,
+    """A Llama folder that transformers wrote: random weights, 2 layers, 6 heads on 2 kv heads, bfloat16, two shards,
     and a byte-level tokenizer that reads any text. Not to be changed: copy it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -101,6 +102,44 @@ def tiny():
         return model.to(dtype).eval()
 
     return make
+
+
+@pytest.fixture(scope="session")
+def start(tiny_llama, tmp_path_factory) -> Path:
+    """The conversion of tiny_llama that is trained, in float32. Not to be changed."""
+    from t2r.convert import convert
+
+    out = tmp_path_factory.mktemp("start") / "start"
+    convert(str(tiny_llama), str(out), slots=16, sinks=2, dtype="float32", verify=False)
+    return out
+
+
+@pytest.fixture(scope="session")
+def stages(tiny_llama, tmp_path_factory) -> Path:
+    """A config file of three short stages on text of its own."""
+    folder = tmp_path_factory.mktemp("config")
+    lines = [{"text": "".join(chr(97 + (i * j * j) % 23) for j in range(5 + 17 * (i % 11)))} for i in range(60)]
+    (folder / "text.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    stage = "tokens: 512, context: 32, batch_tokens: 128, micro_batch: 2, loss: {chunk: 40, kl: 0.8}"
+    (folder / "c.yaml").write_text(f"""source: {tiny_llama}
+data: {{train: [{folder}/text.jsonl], validation: [{folder}/text.jsonl], cache: {folder}/cache}}
+device: cpu
+stages:
+- {{kind: align, lr: {{gates: 3e-3, mixer: 3e-4}}, validation_tokens: 64, {stage}}}
+- {{kind: distill, lr: {{gates: 1e-3, mixer: 1e-3, body: 1e-3}}, {stage}}}
+- {{kind: lm, lr: {{gates: 1e-3, mixer: 1e-3, body: 1e-3}}, {stage}}}
+""")
+    return folder / "c.yaml"
+
+
+@pytest.fixture(scope="session")
+def straight(stages, start, tmp_path_factory) -> Path:
+    """The run of all stages by one process, without interruption. Not to be changed."""
+    from t2r.train.finetune import finetune
+
+    out = tmp_path_factory.mktemp("straight") / "run"
+    finetune(str(stages), model=str(start), out=str(out))
+    return out
 
 
 @pytest.fixture(scope="session")

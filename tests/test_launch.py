@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from t2r.convert import convert
 from t2r.errors import UserError
 from t2r.train import launch
 from t2r.train.checkpoint import newest_checkpoint, step_of
@@ -58,8 +57,8 @@ def test_a_killed_process_is_the_cause_of_the_others():
 
 
 @pytest.fixture
-def run(tiny_llama, tmp_path, monkeypatch):
-    """A config of three steps and its start. Processes that a test starts are as those that a user does."""
+def run(tiny_llama, start, tmp_path, monkeypatch):
+    """A config of three steps and the model that it begins with. Processes are started as by a user."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # an earlier test may have made this process a group of its own
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -67,8 +66,6 @@ def run(tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[1]))
     lines = [json.dumps({"text": f"line {i} " * (i % 9)}) + "\n" for i in range(99)]
     (tmp_path / "text.jsonl").write_text("".join(lines))
-    start = tmp_path / "start"
-    convert(str(tiny_llama), str(start), slots=16, sinks=2, verify=False)
     config = tmp_path / "c.yaml"
     stage = "tokens: 192, context: 32, batch_tokens: 64, micro_batch: 1, lr: {gates: 1e-3, mixer: 1e-3, body: 1e-3}"
     data = f"{{train: [{tmp_path}/text.jsonl], cache: {tmp_path}/cache}}"

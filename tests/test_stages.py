@@ -1,176 +1,23 @@
-"""The stages: losses against their formulas, packed documents against each alone, groups of parameters."""
+"""The stages: packed documents against each alone, every family, and what is trained."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from importlib.util import find_spec
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from stage_cases import PACKED, SIZES, STAGE, alone, batch_of, student_model, teacher_model
+from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from t2r.data.packing import UNLABELLED, Batch
-from t2r.errors import UserError
 from t2r.families import FAMILIES
 from t2r.modeling.attention import GSAttention
-from t2r.modeling.configuration import CONFIG_CLASSES, GSAConfig, preset
-from t2r.schema import LearningRates, LoRAConfig, LossConfig, StageConfig
+from t2r.modeling.configuration import CONFIG_CLASSES, preset
+from t2r.schema import LearningRates, LossConfig
 from t2r.train import engine
-from t2r.train.losses import Mix, check_liger, head, mixed_loss
-from t2r.train.parameters import (
-    add_adapters,
-    group_of,
-    learning_rate,
-    parameter_groups,
-    plain_name,
-    saved_tensors,
-    train_offsets,
-)
+from t2r.train.parameters import group_of, parameter_groups
 from t2r.train.stages import STAGES, Align, attention_lessons, hidden_states
-
-ROOT = Path(__file__).resolve().parents[1]
-SIZES = {
-    "vocab_size": 96, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 6,
-    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, "initializer_range": 0.2,
-    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
-STAGE = StageConfig("align", tokens=10**6, lr=LearningRates(1e-3, 1e-3, 1e-3), loss=LossConfig(kl=0.7, temperature=2.0))
-
-
-def teacher_model():
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
-
-
-def student_model(**changes):
-    gsa = GSAConfig(**(preset("exact", slots=16, sinks=3).to_dict() | changes))
-    model = AutoModelForCausalLM.from_config(CONFIG_CLASSES["llama"](**SIZES, gsa=gsa.to_dict()))
-    model.load_state_dict(teacher_model().state_dict(), strict=False)
-    return model
-
-
-def batch_of(lengths, seed=0):
-    """Rows of documents, lengths[row][document]; the last document of a row ends with it."""
-    B, T = len(lengths), sum(lengths[0])
-    ids = torch.randint(3, 96, (B, T + 1), generator=torch.Generator().manual_seed(seed))
-    labels, positions, bounds = ids[:, 1:].clone(), [], [0]
-    for row, documents in enumerate(lengths):
-        end = 0
-        for n in documents:
-            end += n
-            labels[row, end - 1] = UNLABELLED
-            bounds.append(bounds[-1] + n)
-        positions.append(torch.cat([torch.arange(n) for n in documents]))
-    share = torch.tensor(float((labels != UNLABELLED).sum()))
-    return Batch(ids[:, :-1], labels, torch.stack(positions), torch.tensor(bounds), share)
-
-
-def alone(batch):
-    """Each document of a batch as a batch of its own."""
-    for begin, end in zip(batch.cu_seqlens.tolist(), batch.cu_seqlens.tolist()[1:], strict=False):
-        cut = [x.flatten()[None, begin:end] for x in (batch.input_ids, batch.labels, batch.position_ids)]
-        yield Batch(*cut, torch.tensor([0, end - begin]), torch.tensor(1.0))
-
-
-PACKED = [[20, 1, 19], [7, 33]]
-
-
-def tiny_head(width, bias=False, **config):
-    """As much of a causal LM as a loss looks at, in float64."""
-    lm_head = torch.nn.Linear(width, 50, bias=bias, dtype=torch.float64)
-    return SimpleNamespace(lm_head=lm_head, config=SimpleNamespace(**config))
-
-
-def plain_losses(student, teacher, hidden, theirs, labels, temperature):
-    """(KL, cross-entropy) by the formulas, on the labelled tokens, all logits at once."""
-    seen = labels != UNLABELLED
-    logits, target = head(student)(hidden)[seen], head(teacher)(theirs)[seen]
-    ce = cross_entropy(logits, labels[seen], reduction="sum")
-    target = log_softmax(target / temperature, -1)
-    kl = kl_div(log_softmax(logits / temperature, -1), target, log_target=True, reduction="sum")
-    return kl * temperature**2, ce
-
-
-@pytest.mark.parametrize("way", ["in forward", "recomputed"])
-@pytest.mark.parametrize("chunk", [1, 7, 80, 1000])
-@pytest.mark.parametrize("mix", [Mix(0.7, 0.3, 2.5), Mix(1.0, 0.0, 1.0), Mix(0.0, 1.0)])
-@pytest.mark.parametrize("config", [{}, {"logit_scale": 0.3, "final_logit_softcapping": 2.0}])
-def test_chunked_losses_are_the_plain_formulas(mix, chunk, way, config):
-    student, teacher = tiny_head(16, bias=True, **config), tiny_head(12)
-    hidden, theirs = torch.randn(2, 40, 16).double().requires_grad_(), torch.randn(2, 40, 12).double()
-    labels = torch.randint(0, 50, (2, 40))
-    labels[0, ::5] = UNLABELLED
-    if way == "recomputed":
-        student.lm_head.weight.ds_id = 0  # as ZeRO 3 marks what it has in parts
-    inputs = [hidden, *student.lm_head.parameters()]
-    loss, kl, ce = mixed_loss(student, hidden, labels, mix, LossConfig(chunk=chunk), teacher, theirs)
-    gradients = torch.autograd.grad(3 * loss, inputs)
-    plain_kl, plain_ce = plain_losses(student, teacher, hidden, theirs, labels, mix.temperature)
-    plain = mix.kl * plain_kl + mix.ce * plain_ce
-    assert loss.item() == pytest.approx(plain.item(), rel=1e-12)
-    assert (kl.item(), ce.item()) == pytest.approx((plain_kl.item(), plain_ce.item()), rel=1e-12)
-    for ours, wanted in zip(gradients, torch.autograd.grad(3 * plain, inputs), strict=True):
-        assert torch.allclose(ours, wanted, rtol=1e-12, atol=1e-12)
-    with torch.no_grad():
-        assert mixed_loss(student, hidden, labels, mix, LossConfig(chunk=chunk), teacher, theirs).loss == loss
-    alone = mixed_loss(student, hidden, labels, Mix(0.0, 1.0), LossConfig(chunk=chunk))
-    assert alone.kl.item() == 0 and alone.loss.item() == pytest.approx(plain_ce.item(), rel=1e-12)
-
-
-LIGER = """
-import torch
-from types import SimpleNamespace
-from t2r.schema import LossConfig
-from t2r.train.losses import Mix, mixed_loss
-torch.manual_seed(0)
-student, teacher = (SimpleNamespace(lm_head=torch.nn.Linear(n, 50, bias=False), config=None) for n in (16, 12))
-hidden, theirs = torch.randn(2, 40, 16, requires_grad=True), torch.randn(2, 40, 12)
-labels = torch.randint(0, 50, (2, 40))
-labels[0, ::5] = -100
-for mix in (Mix(0.0, 1.0), Mix(1.0, 0.0, 1.0), Mix(0.7, 0.3, 2.5)):
-    found = []
-    for backend in ("own", "liger"):
-        loss = mixed_loss(student, hidden, labels, mix, LossConfig(backend=backend), teacher, theirs).loss
-        found.append([loss, *torch.autograd.grad(loss, [hidden, student.lm_head.weight])])
-    for ours, liger in zip(*found):
-        assert torch.allclose(ours, liger, rtol=1e-5, atol=1e-5), mix
-"""
-
-
-@pytest.mark.skipif(find_spec("liger_kernel") is None, reason="needs `pip install liger-kernel`")
-def test_liger_computes_the_same():
-    """Its kernels, by Triton's interpreter, which must be chosen before anything is imported."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).resolve().parents[1]), *sys.path])
-    done = subprocess.run([sys.executable, "-c", LIGER], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-def test_liger_is_refused_where_it_cannot_work(monkeypatch):
-    with pytest.raises(UserError, match="loss.backend is liger.*nearest valid: own; try: `pip install liger-kernel`"):
-        monkeypatch.setattr("t2r.train.losses.find_spec", lambda name: None)
-        check_liger(student_model(), "cuda")
-    monkeypatch.setattr("t2r.train.losses.find_spec", lambda name: "there")
-    with pytest.raises(UserError, match="loss.backend is liger, which needs a GPU; nearest valid: own"):
-        check_liger(student_model(), "cpu")
-    check_liger(student_model(), "cuda")
-    with pytest.raises(UserError, match="liger, which does not know the head of"):
-        check_liger(tiny_head(16, bias=True, model_type="x"), "cuda")
-
-
-def test_a_frozen_head_gets_no_gradient_and_the_rest_does():
-    student, hidden = tiny_head(16), torch.randn(1, 40, 16).double().requires_grad_()
-    student.lm_head.requires_grad_(False)
-    labels = torch.randint(0, 50, (1, 40))
-    mixed_loss(student, hidden, labels, Mix(0.0, 1.0), LossConfig(chunk=7)).loss.backward()
-    plain = torch.autograd.grad(cross_entropy(head(student)(hidden)[0], labels[0], reduction="sum"), hidden)[0]
-    assert torch.allclose(hidden.grad, plain) and student.lm_head.weight.grad is None
 
 
 @pytest.mark.parametrize("kind", ["distill", "lm"])
@@ -324,81 +171,6 @@ def test_activation_checkpointing_changes_no_gradient(kind):
         gradients.append([p.grad for p in student.parameters() if p.grad is not None])
     assert len(gradients[0]) == len(gradients[1]) > 10
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-
-
-def test_groups_of_parameters():
-    student = student_model(output_norm=True)
-    train_offsets(student)
-    groups = parameter_groups(student, replace(STAGE, lr=LearningRates(3e-3, 1e-3, 0.0)))
-    assert {(g["name"], g["peak"], g["weight_decay"]) for g in groups} == {
-        ("gates", 3e-3, 0.0),
-        ("mixer", 1e-3, 0.01),
-        ("mixer", 1e-3, 0.0),
-    }
-    names = {id(p): name for name, p in student.named_parameters()}
-    inside = {names[id(p)]: g["name"] for g in groups for p in g["params"]}
-    kinds = {name.split("self_attn.")[1]: kind for name, kind in inside.items() if ".layers.0." in f".{name}"}
-    assert kinds == {
-        "f_proj.weight": "gates",
-        "parametrizations.write.original": "gates",
-        "parametrizations.keep.original": "gates",
-        **{f"{x}_proj.weight": "mixer" for x in "qkvo"},
-        "g_norm.weight": "mixer",
-    }
-    for name, parameter in student.named_parameters():
-        assert parameter.requires_grad == (name in inside)
-
-
-def test_named_groups_come_before_the_others():
-    rates = LearningRates(3e-3, 1e-3, 1e-4, named={"model.layers.0.*": 0.0, "*.write": 5e-3, "lm_head.weight": 2e-4})
-    student = student_model()
-    train_offsets(student)
-    groups = parameter_groups(student, replace(STAGE, lr=rates))
-    names = {id(p): plain_name(name) for name, p in student.named_parameters()}
-    peaks = {names[id(p)]: g["peak"] for g in groups for p in g["params"]}
-    assert not any(name.startswith("model.layers.0.") for name in peaks)
-    assert peaks["model.layers.1.self_attn.write"] == 5e-3 and peaks["model.layers.1.self_attn.keep"] == 3e-3
-    assert peaks["lm_head.weight"] == 2e-4 and peaks["model.embed_tokens.weight"] == 1e-4
-    with pytest.raises(UserError, match="lr.named 'lm_hed.weight' is the name of no.*nearest valid: lm_head.weight"):
-        parameter_groups(student, replace(STAGE, lr=LearningRates(1e-3, named={"lm_hed.weight": 0.0})))
-
-
-def test_adapters_start_as_nothing_and_are_saved_as_part_of_their_weight(monkeypatch):
-    monkeypatch.setattr("t2r.train.parameters.full_tensors", lambda parameters: parameters)
-    student, batch = student_model(), batch_of(PACKED)
-    before = {name: p.detach().clone() for name, p in student.named_parameters()}
-    plain = hidden_states(student, batch)
-    lora = LoRAConfig(rank=3, alpha=6, targets=["q_proj", "down_proj"])
-    add_adapters(student, lora)
-    assert torch.equal(hidden_states(student, batch), plain)
-    groups = parameter_groups(student, replace(STAGE, lora=lora, lr=LearningRates(1e-3, 2e-3, 3e-3)))
-    count = {name: sum(len(g["params"]) for g in groups if g["name"] == name) for name in ("gates", "mixer", "body")}
-    assert count == {"gates": 6, "mixer": 4, "body": 4}
-    for group in groups:
-        for parameter in group["params"]:
-            torch.nn.init.normal_(parameter, std=0.1)
-    changed = hidden_states(student, batch)
-    saved = dict(saved_tensors(student, SimpleNamespace(tensor=before.__getitem__)))
-    names = {name.split(".", 3)[3].removeprefix("self_attn.") for name in saved}
-    assert names == {"q_proj.weight", "mlp.down_proj.weight", "f_proj.weight", "write", "keep"}
-    merged = student_model()
-    merged.load_state_dict(before | saved)
-    assert torch.allclose(hidden_states(merged, batch), changed, atol=1e-5)
-    assert not torch.allclose(changed, plain, atol=1e-2)
-    with pytest.raises(UserError, match="lora.targets 'q_prj' is no linear layer; nearest valid: q_proj"):
-        add_adapters(student_model(), LoRAConfig(targets=["q_prj"]))
-
-
-def test_schedules():
-    stage = replace(STAGE, tokens=1000, batch_tokens=10, warmup_tokens=200, end_lr=0.1)
-    rates = {s: [learning_rate(replace(stage, schedule=s), i) for i in range(100)] for s in ("linear", "cosine")}
-    for s in rates:
-        assert rates[s][:20] == pytest.approx([(i + 1) / 21 for i in range(20)])
-        assert rates[s][20] == 1 and rates[s][60] == pytest.approx(0.55) and 0.1 < rates[s][99] < 0.12
-        assert all(a > b for a, b in zip(rates[s][20:], rates[s][21:], strict=False))
-    assert [learning_rate(replace(stage, schedule="constant"), i) for i in (0, 20, 99)] == [1 / 21, 1, 1]
-    wsd = [learning_rate(replace(stage, schedule="wsd", decay_tokens=300), i) for i in (0, 20, 70, 85, 99)]
-    assert wsd == pytest.approx([1 / 21, 1, 1, 0.55, 0.13])
 
 
 def gate_gradient(student, teacher, batch):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from stage_cases import SIZES
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -22,10 +23,6 @@ from t2r.train.plot import plot
 from t2r.train.sharding import Group
 from t2r.train.validation import counts, edges, held_out, look, perplexities, position_losses
 
-SIZES = {
-    "vocab_size": 96, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 6,
-    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, "initializer_range": 0.2,
-}  # fmt: skip
 STAGE = StageConfig("lm", tokens=1000, context=100, batch_tokens=200, loss=LossConfig(chunk=30), validation_tokens=700)
 ALONE = Group(0, 1, torch.device("cpu"))
 
