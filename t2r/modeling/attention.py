@@ -28,7 +28,7 @@ from .configuration import GSAConfig
 class Context:
     """What all GSA layers of one forward share, worked out once by the model (models.py).
 
-    positions [B,T]: position in the document, -1 = padding; None with cu_seqlens, which implies it.
+    positions [B,T]: position in the document, -1 = padding; None: counted from the memory's.
     cu_seqlens [N+1]: bounds of packed documents over the flattened [B*T] tokens, or None.
     sink_turns: layer -> (cos, sin) [B,T,R] float32 that turn a query from its true distance to the bounded one; only
         layers where a token is beyond it.
@@ -137,17 +137,18 @@ def gsa_attention(
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     B, T = q.shape[:2]
     gate = gsa_gate.unflatten(-1, (module.kv_heads, config.slots))
-    q_sink = None
+    q_sink, positions = None, context.positions
     if module.layer_idx in context.sink_turns:
         turned, _ = module.rotate(query.float(), key[:, :1].float(), *context.sink_turns[module.layer_idx])
         q_sink = turned.to(q.dtype).transpose(1, 2)
     if context.cu_seqlens is not None and B > 1:
-        q, k, v, gate, q_sink = (None if x is None else x.flatten(0, 1)[None] for x in (q, k, v, gate, q_sink))
+        rows = (q, k, v, gate, q_sink, positions)
+        q, k, v, gate, q_sink, positions = (None if x is None else x.flatten(0, 1)[None] for x in rows)
     memory = None if gsa_memory is None else gsa_memory.state
 
     def read(tokens: slice) -> tuple[Tensor, SlotState | None]:
-        part = (None if x is None else x[:, tokens] for x in (q, k, v, gate, q_sink, context.positions))
-        q_, k_, v_, gate_, q_sink_, positions = part
+        part = (None if x is None else x[:, tokens] for x in (q, k, v, gate, q_sink, positions))
+        q_, k_, v_, gate_, q_sink_, positions_ = part
         return gsa(
             q_,
             k_,
@@ -158,7 +159,7 @@ def gsa_attention(
             write=module.write if config.ring else None,
             keep=module.keep if config.ring else None,
             q_sink=q_sink_,
-            positions=positions,
+            positions=positions_,
             cu_seqlens=context.cu_seqlens,
             initial_state=memory,
             output_final_state=gsa_memory is not None,

@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 from t2r.families import FAMILIES, Family, layer_type
+from t2r.kernels.gsa.op import count_positions
 
 from .attention import Context, GSAttention, adopt_attention
 from .cache import adopt
@@ -51,7 +52,7 @@ class GSAMixin(GSAParameters):
     ):
         """The source's forward. attention_mask [B, T] or [B, past + T], 1 = token, 0 = padding on either side;
         cu_seq_lens_q [N+1]: packed documents, over the flattened [B*T] tokens (no cache then); max_length_q: no
-        document is longer (without it one host read finds out)."""
+        document is longer (where it matters, one host read finds out otherwise)."""
         tokens = input_ids if input_ids is not None else inputs_embeds
         B, T = tokens.shape[:2]
         wants_cache = self.config.use_cache if use_cache is None else use_cache
@@ -97,36 +98,32 @@ class GSAMixin(GSAParameters):
         B, T = tokens.shape[:2]
         memory = None if cache is None else cache.layers[next(iter(self.gsa_layers))]
         past = 0 if memory is None else memory.get_seq_length()
+        documents = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        first = memory.state.position if past else torch.zeros(documents, dtype=torch.long, device=tokens.device)
         longest = past + T
         if cu_seqlens is not None:
-            index = torch.arange(B * T, device=tokens.device)
-            document = torch.searchsorted(cu_seqlens[1:], index, right=True)
-            positions = (index - cu_seqlens[document]).view(B, T)
-            longest = int(cu_seqlens.diff().max()) if max_length is None else max_length
-            context = Context(cu_seqlens=cu_seqlens)
+            positions, longest = count_positions(first, 1, B * T, cu_seqlens).view(B, T), max_length
         elif mask is not None:
-            first = 0 if past == 0 else memory.state.position[:, None]
             real = mask[:, -T:] != 0
-            positions = torch.where(real, first + real.cumsum(-1) - 1, -1)
-            context = Context(positions)
+            positions = torch.where(real, first[:, None] + real.cumsum(-1) - 1, -1)
         elif position_ids is not None and past == 0:
-            positions = position_ids.expand(B, T)
-            longest = int(positions.max()) + 1
-            context = Context(positions)
+            positions, longest = position_ids.expand(B, T), None
         else:
-            first = torch.zeros(B, dtype=torch.long, device=tokens.device) if past == 0 else memory.state.position
-            positions = first[:, None] + torch.arange(T, device=tokens.device)
-            context = Context(positions)
-        context.sink_turns = self.sink_turns(positions, longest)
+            positions = count_positions(first, B, T, None)
+        context = Context(positions, cu_seqlens, self.sink_turns(positions, longest))
         return context, positions.clamp(min=0) if position_ids is None else position_ids
 
-    def sink_turns(self, positions: Tensor, longest: int) -> dict[int, tuple[Tensor, Tensor]]:
+    def sink_turns(self, positions: Tensor, longest: int | None) -> dict[int, tuple[Tensor, Tensor]]:
         """Layer -> rotation of a query at each position back to the layer's `sink_distance`, for the layers whose
-        distance some position is beyond. Made by the source's own rotary embedding."""
+        distance some position is beyond. Made by the source's own rotary embedding. longest: no document is longer;
+        None: the positions tell, for one host read."""
         turns, known = {}, {}
         for i, gsa in self.gsa_layers.items():
-            bounded = gsa.sinks and gsa.sink_distance is not None and self.rotates(i)
-            if not bounded or longest <= gsa.sink_distance + 1:
+            if not gsa.sinks or gsa.sink_distance is None or not self.rotates(i):
+                continue
+            if longest is None:
+                longest = int(positions.max()) + 1
+            if longest <= gsa.sink_distance + 1:
                 continue
             key = gsa.sink_distance, layer_type(self.config, i)
             if key not in known:
