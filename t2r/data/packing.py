@@ -137,27 +137,26 @@ class Rows:
 
     def labelled(self, row: int) -> int:
         """Tokens of a row that have a label."""
-        shard, begin = self.locate(row)
         starts, cut = self.bounds(row)
-        if shard.learned is None:
+        if self.locate(row)[0].learned is None:
             return self.context - (len(starts) - 1) - int(cut)
-        return int((self.unmasked(row) & shard.learned[begin + 1 : begin + self.context + 1]).sum())
+        return int(self.wanted(row, starts, cut).sum())
 
-    def unmasked(self, row: int) -> np.ndarray:
-        """[T] bool: whether the next token belongs to the same document."""
-        starts, cut = self.bounds(row)
-        same = np.ones(self.context, bool)
-        same[starts[1:] - 1] = False
-        same[-1] &= not cut
-        return same
+    def wanted(self, row: int, starts: np.ndarray, cut: bool) -> np.ndarray:
+        """[T] bool: whether the next token belongs to the same document and is to be learned. starts, cut: `bounds`."""
+        wanted = np.ones(self.context, bool)
+        wanted[starts[1:] - 1] = False
+        wanted[-1] &= not cut
+        shard, begin = self.locate(row)
+        if shard.learned is not None:
+            wanted &= shard.learned[begin + 1 : begin + self.context + 1]
+        return wanted
 
     def read(self, row: int) -> Row:
         shard, begin = self.locate(row)
         ids = shard.ids[begin : begin + self.context + 1].astype(np.int64)
-        wanted = self.unmasked(row)
-        if shard.learned is not None:
-            wanted &= shard.learned[begin + 1 : begin + self.context + 1]
-        return Row(ids, self.bounds(row)[0], np.where(wanted, ids[1:], UNLABELLED))
+        starts, cut = self.bounds(row)
+        return Row(ids, starts, np.where(self.wanted(row, starts, cut), ids[1:], UNLABELLED))
 
 
 class Mixture:
@@ -185,12 +184,7 @@ class Mixture:
         """The forwards of process `rank` in optimizer step `step`, which reads `rows` rows over `world` processes."""
         picked = [self.pick(n) for n in range(step * rows, (step + 1) * rows)]
         chosen = [(part, part.place(n)) for part, n in picked]
-        forwards = rows // micro_batch
-        # 1 where nothing is labelled: the sums that it divides are 0 then
-        share = max(1, sum(part.labelled(row) for part, row in chosen)) / forwards
-        for forward in range(rank, forwards, world):
-            mine = chosen[forward * micro_batch : (forward + 1) * micro_batch]
-            yield batch([part.read(row) for part, row in mine], share)
+        yield from forwards(chosen, micro_batch, rank, world)
 
     def first(self, rows: int, micro_batch: int) -> Iterator[Batch]:
         """The first rows in their order, in whole forwards, for validation; no row twice."""
@@ -201,12 +195,7 @@ class Mixture:
                 break
             chosen.append((part, row))
         micro_batch = min(micro_batch, len(chosen))
-        forwards = len(chosen) // micro_batch
-        chosen = chosen[: forwards * micro_batch]
-        share = max(1, sum(part.labelled(row) for part, row in chosen)) / forwards
-        for forward in range(forwards):
-            mine = chosen[forward * micro_batch : (forward + 1) * micro_batch]
-            yield batch([part.read(row) for part, row in mine], share)
+        yield from forwards(chosen[: len(chosen) // micro_batch * micro_batch], micro_batch)
 
 
 def shares(weights: Sequence[float], total: int) -> list[int]:
@@ -220,6 +209,16 @@ def shares(weights: Sequence[float], total: int) -> list[int]:
     while sum(counts) > total:
         counts[counts.index(max(counts))] -= 1
     return counts
+
+
+def forwards(chosen: Sequence[tuple[Rows, int]], micro_batch: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+    """The chosen rows in forwards of `micro_batch`, of which process `rank` has each `world`-th."""
+    count = len(chosen) // micro_batch
+    # 1 where nothing is labelled: the sums that it divides are 0 then
+    share = max(1, sum(part.labelled(row) for part, row in chosen)) / count
+    for forward in range(rank, count, world):
+        mine = chosen[forward * micro_batch : (forward + 1) * micro_batch]
+        yield batch([part.read(row) for part, row in mine], share)
 
 
 def batch(rows: Sequence[Row], share: float) -> Batch:
