@@ -5,7 +5,7 @@ with the head are kept: [tokens, width] and the head's own gradient. Where ZeRO 
 computed again in the backward pass instead.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -84,12 +84,11 @@ class Chunks(NamedTuple):
     mix: Mix
     size: int
 
-    def split(self, hidden: Tensor):
-        """(hidden states, labels, the teacher's logits) of each chunk, one at a time."""
+    def split(self, hidden: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """(hidden states, labels, the teacher's hidden states) of each chunk."""
         tokens, labels = hidden.split(self.size), self.labels.split(self.size)
         theirs = [None] * len(tokens) if self.teacher_hidden is None else self.teacher_hidden.split(self.size)
-        for x, y, x_teacher in zip(tokens, labels, theirs, strict=True):
-            yield x, y, self.target(x_teacher)
+        return zip(tokens, labels, theirs, strict=True)
 
     @torch.no_grad()
     def target(self, teacher_hidden: Tensor | None) -> Tensor | None:
@@ -101,9 +100,7 @@ class Chunks(NamedTuple):
         def part(x: Tensor, y: Tensor, x_teacher: Tensor | None) -> tuple[Tensor, Tensor]:
             return token_losses(wide(self.logits(x)), y, self.target(x_teacher), self.mix)
 
-        tokens, labels = hidden.split(self.size), self.labels.split(self.size)
-        theirs = [None] * len(tokens) if self.teacher_hidden is None else self.teacher_hidden.split(self.size)
-        parts = [recomputed(part, *args) for args in zip(tokens, labels, theirs, strict=True)]
+        parts = [recomputed(part, *chunk) for chunk in self.split(hidden)]
         kl, ce = (torch.stack(sums).sum() for sums in zip(*parts, strict=True))
         return Sums(self.mix.kl * kl + self.mix.ce * ce, kl.detach(), ce.detach())
 
@@ -118,8 +115,8 @@ class Fused(torch.autograd.Function):
         gradients = []
         # bfloat16 would lose what a chunk adds to the sum of those before it
         sums = [torch.zeros_like(p, dtype=kl.dtype) for p in parameters] if wanted else []
-        for x, y, target in chunks.split(hidden):
-            x = x.detach().requires_grad_(wanted)
+        for x, y, x_teacher in chunks.split(hidden):
+            x, target = x.detach().requires_grad_(wanted), chunks.target(x_teacher)
             with torch.set_grad_enabled(wanted):
                 logits = wide(chunks.logits(x))
             kl_part, ce_part = token_losses(logits.detach(), y, target, chunks.mix)

@@ -4,6 +4,8 @@ A stage is `loss(student, teacher, batch) -> (loss, metrics)`: both models are c
 this forward's part of the mean over the optimizer step (Batch.share), metrics are detached scalars.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
@@ -44,16 +46,16 @@ class Align(Stage):
         context, _ = student.model.gsa_context(
             batch.input_ids, None, batch.position_ids, None, batch.cu_seqlens, batch.input_ids.shape[1]
         )
+
+        def run(mixer: nn.Module, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+            return mixer(x, position_embeddings=rotary, gsa_context=context)[0]
+
+        recompute = self.config.activation_checkpointing and torch.is_grad_enabled()
+        call = partial(recomputed, run) if recompute else run
         errors = []
         for mixer, (inputs, rotary, target) in zip(mixers(student), lessons, strict=True):
-            if not isinstance(mixer, GSAttention):
-                continue
-            run = lambda mixer, x, rotary: mixer(x, position_embeddings=rotary, gsa_context=context)[0]  # noqa: E731
-            if self.config.activation_checkpointing and torch.is_grad_enabled():
-                output = recomputed(run, mixer, inputs, rotary)
-            else:
-                output = run(mixer, inputs, rotary)
-            errors.append(self.error(output.float(), target.float()))
+            if isinstance(mixer, GSAttention):
+                errors.append(self.error(call(mixer, inputs, rotary).float(), target.float()))
         loss = torch.stack(errors).mean()
         return loss, {"align": loss.detach()}
 
