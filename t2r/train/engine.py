@@ -117,7 +117,7 @@ def train(
     newest = newest_checkpoint(out)
     if newest and step_of(newest) >= stage.steps:
         return newest
-    source = open_source(student_folder)
+    source, zero = open_source(student_folder), zero_stage(config.deepspeed)
     student = load_student(student_folder, stage)
     groups = parameter_groups(student, stage)
     if stage.loss.backend == "liger" and stage.kind != "align":
@@ -169,7 +169,7 @@ def train(
                 if last or (stage.validate_every and done % stage.validate_every == 0):
                     check(done)
                 if last or stopping or (stage.save_every and done % stage.save_every == 0):
-                    save(engine, source, out, done, stage, zero_stage(config.deepspeed), group)
+                    save(engine, source, out, done, stage, zero, group)
                     if log:
                         log.resume_clock()
                 if last and log:
