@@ -94,9 +94,9 @@ def launch_by_ssh(words: Sequence[str], hostfile: str) -> None:
     for node, (host, slots) in enumerate(hosts):
         options = ["--nodes", len(hosts), "--node-rank", node, "--master", f"{hosts[0][0]}:{PORT}"]
         options += ["--processes", slots] if slots else []
-        path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH")]))
         command = shlex.join([sys.executable, "-m", "t2r", *words, *map(str, options)])
-        remote = f"cd {shlex.quote(os.getcwd())} && PYTHONPATH={shlex.quote(path)} exec {command}"
+        path = shlex.quote(os.environ.get("PYTHONPATH", ""))
+        remote = f"cd {shlex.quote(os.getcwd())} && PYTHONPATH={path} exec {command}"
         children[node] = subprocess.Popen(["ssh", "-tt", host, remote] if sys.stdin.isatty() else ["ssh", host, remote])
     failed = watch(children)
     if failed:
