@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, silu
 
+from t2r.evaluate.movement import trained
 from t2r.evaluate.perplexity import Blocks
 from t2r.evaluate.statistics import Metric
 from t2r.evaluate.task import Outcome, Plot
@@ -64,7 +65,7 @@ class SlotUse(Blocks):
         for i in heads:
             past = statistics.fmean(row["past"] for row in heads[i])
             metrics.append(Metric(f"layer {i}", "%", past, x=i))
-        return Outcome(metrics, records, table(records), self.warnings(heads, mean["past"]))
+        return Outcome(metrics, records, table(records), self.warnings(heads, mean["past"], trained(model)))
 
     def look(self, call: dict) -> list[dict[str, float]]:
         """The measures of one layer, for each kv head."""
@@ -87,12 +88,13 @@ class SlotUse(Blocks):
             found.append(row)
         return found
 
-    def warnings(self, heads: dict, past: float) -> list[str]:
+    def warnings(self, heads: dict, past: float, trained: set[int]) -> list[str]:
         found = []
         for i, rows in heads.items():
             occupancy = statistics.fmean(row["occupancy"] for row in rows)
             if occupancy < 50:
-                found.append(f"layer {i} is damaged: its slots are {100 - occupancy:.0f} % empty")
+                what = "has learned to forget" if i in trained else "is damaged"
+                found.append(f"layer {i} {what}: its slots are {100 - occupancy:.0f} % empty")
         if past < self.NOTHING:
             found.append(f"the memory adds nothing over the window: {past:.2f} % of the attention lies past it")
         return found

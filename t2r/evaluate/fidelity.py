@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from t2r.evaluate.efficiency import greedy
+from t2r.evaluate.movement import OUTLIER, trained
 from t2r.evaluate.perplexity import SEGMENT, Blocks, in_segments
 from t2r.evaluate.scoring import ROWS
 from t2r.evaluate.statistics import Metric, score
@@ -91,12 +92,12 @@ class Layers(Blocks):
 
     about: ClassVar[str] = (
         "Error of each layer's attention output against the original's, both fed with the original's activations: RMS, "
-        "percent of the output. Within: at positions that fit the slots, where an exact start makes no error."
+        "percent of the output. Within: at positions that fit the slots, where an exact start makes no error. A layer "
+        "that stands out there is damaged, unless its weights have moved as all layers' have: training does that."
     )
     plot: ClassVar[Plot] = Plot("Error by layer", "layer", "error past the slots (%)", log=False)
     against_original: ClassVar[bool] = True
 
-    OUTLIER: ClassVar[float] = 4.0  # times the median over layers
     FAULT: ClassVar[float] = 5.0  # percent: more than rounding in bfloat16 makes
 
     @torch.inference_mode()
@@ -121,18 +122,25 @@ class Layers(Blocks):
         for key in ("within", "past"):
             metrics.insert(0, Metric(f"worst layer, {key}", "%", max(record[key] for record in records)))
             metrics.insert(0, Metric(f"median layer, {key}", "%", statistics.median(record[key] for record in records)))
-        return Outcome(metrics, records, table(records), self.faults(records))
+        faults, changes = self.outliers(records, trained(model, original))
+        return Outcome(metrics, records, "\n".join([table(records), *changes]), faults)
 
-    def faults(self, records: list[dict]) -> list[str]:
-        """The layers that stand out at positions where nothing has been forgotten yet, with their worst heads."""
+    def outliers(self, records: list[dict], trained: set[int]) -> tuple[list[str], list[str]]:
+        """The layers that stand out at positions where nothing has been forgotten yet, with their worst heads: those
+        that are damaged, and those that have moved no more than the others in training."""
         usual = statistics.median_low(record["within"] for record in records)
-        bound, found = max(self.FAULT, self.OUTLIER * usual), []
+        bound = max(self.FAULT, OUTLIER * usual)
+        faults, changes = [], []
         for record in records:
             if record["within"] > bound:
+                layer = record["layer"]
                 heads = ", ".join(f"{h} ({e:.0f} %)" for h, e in enumerate(record["heads"]) if e > bound)
-                what = f"layer {record['layer']} is damaged: {record['within']:.0f} % error within its slots"
-                found.append(what + (f", heads {heads}" if heads else ""))
-        return found
+                what = f"{record['within']:.0f} % error within its slots" + (f", heads {heads}" if heads else "")
+                if layer in trained:
+                    changes.append(f"layer {layer} is changed by training: {what}")
+                else:
+                    faults.append(f"layer {layer} is damaged: {what}")
+        return faults, changes
 
 
 def table(records: list[dict]) -> str:

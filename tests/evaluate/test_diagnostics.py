@@ -1,6 +1,8 @@
 """Fidelity, errors of layers and the use of slots against plain computations; faults made on purpose are found."""
 
+import copy
 import json
+import re
 
 import pytest
 import torch
@@ -139,6 +141,53 @@ def test_a_damaged_layer_is_named(layer, damage, folders, tmp_path, recipe, byte
         f"layer {layer} is damaged" in page
         and json.dumps(named[0])[1:20] in (tmp_path / "report" / "report.md").read_text()
     )
+
+
+@pytest.fixture(scope="module")
+def slightly_trained(folders, tmp_path_factory, byte_tokenizer):
+    """An original of four layers whose first says little, so that the same steps change its output far more than the
+    others', and its conversion after a few steps towards it."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = AutoConfig.from_pretrained(folders / "llama", num_hidden_layers=4)
+    original = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in original.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    original.model.layers[0].self_attn.v_proj.weight.data *= 0.04
+    original.save_pretrained(folder / "llama")
+    byte_tokenizer().save_pretrained(folder / "llama")
+    convert(str(folder / "llama"), str(folder / "gsa"), slots=SLOTS, sinks=2, verify=False)
+    model = load(folder / "gsa")
+    ids = torch.randint(2, 258, (8, 4, 48), generator=torch.Generator().manual_seed(2))
+    mixers = [p for name, p in model.named_parameters() if "self_attn" in name]
+    optimizer = torch.optim.AdamW(mixers, lr=3e-4)
+    for batch in ids:
+        with torch.no_grad():
+            aim = original(batch).logits.log_softmax(-1)
+        kl_div(model(batch).logits.log_softmax(-1), aim, log_target=True, reduction="batchmean").backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return original, model
+
+
+def test_training_is_no_damage(slightly_trained, blocks):
+    original, model = slightly_trained
+    outcome = Layers("l").run(model, blocks, original)
+    first, *others = (record["within"] for record in outcome.records)
+    assert first > max(5, 4 * max(others))  # it does stand out
+    assert outcome.warnings == []
+    assert re.findall(r"layer (\d) is changed by training: \d+ % error", outcome.text) == ["0"]
+
+
+@pytest.mark.parametrize("layer, damage", [(0, swap_heads), (2, swap_heads), (0, empty_gates), (2, empty_gates)])
+def test_a_damaged_layer_of_a_trained_model_is_named(layer, damage, slightly_trained, blocks):
+    original, model = slightly_trained
+    damaged = copy.deepcopy(model)
+    damage(damaged.model.layers[layer].self_attn)
+    found = Layers("l").run(damaged, blocks, original).warnings
+    assert found and all(line.startswith(f"layer {layer} is damaged") for line in found)
+    empty = [line for line in SlotUse("s").run(damaged, blocks).warnings if "empty" in line]
+    assert len(empty) == (damage is empty_gates)
+    assert all(line.startswith(f"layer {layer} is damaged") for line in empty)
 
 
 def test_a_memory_that_adds_nothing_is_told(folders, tmp_path, recipe, byte_tokenizer):
