@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -146,6 +147,19 @@ def test_a_bfloat16_teacher_keeps_its_rotary_frequencies(tiny_llama):
     assert not any(p.requires_grad for p in cast.parameters())
     buffers = dict(plain.named_buffers())
     assert buffers and all(torch.equal(buffer, buffers[name]) for name, buffer in cast.named_buffers())
+
+
+def test_a_stage_without_a_teacher_does_not_keep_that_of_the_stage_before(stages, start, tmp_path, monkeypatch):
+    teachers = []
+
+    def train(config, stage, folder, teacher, *rest):
+        teachers.append(teacher and weakref.ref(teacher))
+        assert stage.kind != "lm" or teachers[0]() is None
+        return folder
+
+    monkeypatch.setattr(finetune, "train", train)
+    finetune.finetune(str(stages), model=str(start), out=str(tmp_path / "run"))
+    assert teachers[0] == teachers[1] and teachers[2] is None
 
 
 @pytest.mark.parametrize("zero, dtype", [(0, "float32"), (1, "float32"), (1, "bfloat16")])

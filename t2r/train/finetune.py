@@ -156,15 +156,17 @@ def run_stages(settings: RunConfig, folder: Path, start: Path) -> Path:
     for i, stage in enumerate(settings.stages):
         check_split(stage, group.world, i)
         dtype = compute_dtype(stage, group.device.type)
-        if STAGES[stage.kind].needs_teacher and teacher_dtype != dtype:
+        if not STAGES[stage.kind].needs_teacher:
+            teacher = teacher_dtype = None  # its memory is the stage's
+        elif teacher_dtype != dtype:
             teacher, teacher_dtype = load_teacher(settings, group, dtype), dtype
         rows, validation = data.rows(stage, settings.seed + i), data.validation_rows(stage)
         out = folder / f"{i + 1}-{stage.kind}"
         teacher_ppl = {}
         if validation is not None:
             # a stage without a teacher has one for as long as that takes
-            at_hand = partial(load_teacher, settings, group, dtype) if teacher is None else lambda model=teacher: model
-            teacher_ppl = teacher_perplexities(at_hand, validation, stage, group, out)
+            load, rest = partial(load_teacher, settings, group, dtype), (validation, stage, group, out)
+            teacher_ppl = teacher_perplexities(load if teacher is None else lambda model=teacher: model, *rest)
         start = train(settings, stage, start, teacher, rows, validation, teacher_ppl, out, group)
     return start
 
