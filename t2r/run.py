@@ -47,10 +47,10 @@ def compare_all(settings: RunConfig, folder: Path) -> None:
 
     models = [f"teacher={settings.source}"]
     for other in settings.compare.beside:
-        label = "-".join([other.preset, *([str(other.slots)] if other.slots else []), "start"])
-        if not (folder / label).exists():
-            make_start(settings.source, other, folder / label)
-        models.append(f"{label}={folder / label}")
+        start = folder / other.label
+        if not start.exists():
+            make_start(settings.source, other, start)
+        models.append(f"{other.label}={start}")
     models.append(f"{settings.convert.preset}-start={folder / START}")
     if settings.stages:
         models.append(f"trained={folder / MODEL}")

@@ -28,6 +28,11 @@ class ConvertConfig:
     keep_softmax: str = ""
     verify: bool = True
 
+    @property
+    def label(self) -> str:
+        """What an untrained conversion is called in a comparison."""
+        return "-".join([self.preset, *([str(self.slots)] if self.slots else []), "start"])
+
 
 @dataclass
 class LearningRates:
@@ -235,8 +240,8 @@ def check(config: RunConfig, where: object = None) -> None:
         check_stage(stage, config, f"stages.{i}", wrong)
     check_data(config, wrong)
     check_deepspeed(config.deepspeed, wrong)
-    if config.compare and config.compare.limit is not None and config.compare.limit < 1:
-        wrong("compare.limit", f"is {config.compare.limit}, it must be positive")
+    if config.compare:
+        check_compare(config.compare, config.convert, wrong)
 
 
 def check_stage(stage: StageConfig, config: RunConfig, key: str, wrong: Callable[..., NoReturn]) -> None:
@@ -309,6 +314,16 @@ def check_data(config: RunConfig, wrong: Callable[..., NoReturn]) -> None:
         wrong("data.held_out", f"is {data.held_out}, a share of the documents", 0.001)
     if data.validation and data.held_out:
         wrong("data.held_out", "takes the place of data.validation, which is given too", 0)
+
+
+def check_compare(compare: CompareConfig, convert: ConvertConfig, wrong: Callable[..., NoReturn]) -> None:
+    if compare.limit is not None and compare.limit < 1:
+        wrong("compare.limit", f"is {compare.limit}, it must be positive")
+    labels = [f"{convert.preset}-start"]
+    for i, other in enumerate(compare.beside):
+        if other.label in labels:
+            wrong(f"compare.beside.{i}", f"is called {other.label} like another start: give it other slots")
+        labels.append(other.label)
 
 
 def check_deepspeed(config: DeepSpeedConfig, wrong: Callable[..., NoReturn]) -> None:

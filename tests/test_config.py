@@ -95,6 +95,11 @@ def test_a_mistake_is_named(file, text, words, message):
         ("stages.0.validation_tokens=64", "stages.0.validation_tokens needs data.validation"),
         ("data.train=[]", "data.train is empty, but there are stages"),
         ("compare.limit=0", "compare.limit is 0, it must be positive"),
+        (
+            "compare.beside=[{slots: 8}, {slots: 8, long_slots: 2}]",
+            "compare.beside.1 is called exact-8-start like another",
+        ),
+        ("compare.beside=[{preset: paper}, {}]", "compare.beside.1 is called exact-start like another start"),
         ("stages.0.schedule=wsd", "stages.0.decay_tokens is 0 with schedule wsd"),
         ("stages.0.decay_tokens=64", "stages.0.decay_tokens is 64 with schedule cosine"),
         (
