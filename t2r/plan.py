@@ -122,15 +122,15 @@ def empty_student(settings: RunConfig):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from t2r.convert.plan import gsa_config
-    from t2r.families import family_of
-    from t2r.modeling.configuration import preset
+    from t2r.convert.plan import converted_config
 
-    source, convert = source_config(settings.source), settings.convert
-    family = family_of(source.model_type, where=settings.source)
-    config = gsa_config(source, family.model_type, preset(convert.preset, convert.slots, convert.sinks), torch.float32)
+    options = settings.convert
+    config = converted_config(
+        source_config(settings.source), settings.source, options.preset, options.slots, options.sinks,
+        options.long_slots, options.layer_slots, options.keep_softmax,
+    )  # fmt: skip
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
 def count(settings: RunConfig) -> tuple[int, int]:
@@ -138,8 +138,8 @@ def count(settings: RunConfig) -> tuple[int, int]:
     from t2r.modeling.attention import GSAttention
 
     student = empty_student(settings)
-    names = {name for m in student.modules() if isinstance(m, GSAttention) for name in m.new_tensors()}
-    new = sum(p.numel() for name, p in student.named_parameters() if any(name.endswith(f".{n}") for n in names))
+    mixers = [m for m in student.modules() if isinstance(m, GSAttention)]
+    new = sum(m.get_parameter(name).numel() for m in mixers for name in m.new_names())
     return sum(p.numel() for p in student.parameters()), new
 
 

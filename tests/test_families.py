@@ -167,7 +167,7 @@ def test_full_size_model_without_weights(name):
     """The tensors of the result are the published model's, in the names on disk, and those that GSA adds; it runs."""
     parameters, sizes = FULL_SIZE[name]
     source = CONFIG_MAPPING[name](**sizes)
-    config = gsa_config(source, name, fit_layers(preset("exact"), source, {}, []), torch.bfloat16)
+    config = gsa_config(source, name, fit_layers(preset("exact"), source, {}, []))
     stored, new = target_tensors(config)
     count = sum(torch.Size(shape).numel() for shape in stored.values())
     assert count == parameters + sum(torch.Size(stored[name]).numel() for name in new)

@@ -75,6 +75,19 @@ def test_operations_are_those_that_torch_counts(tiny, kind, index):
     assert ours == pytest.approx(products, rel=0.02)
 
 
+def test_a_plan_counts_the_layers_of_the_conversion(mistral):
+    """Long slots are more gates; a layer that keeps softmax has none."""
+    gates = 4096 * 8  # of a slot, in one layer
+    biases = 2 * 8
+    for options, slots in (
+        ([], 32 * 64),
+        (["convert.long_slots=16"], 32 * 80),
+        (["convert.keep_softmax=0-7"], 24 * 64),
+        (["convert.layer_slots=0=96"], 31 * 64 + 96),
+    ):
+        assert plan("mistral-7b-exact-700m", [mistral, *options]).new == slots * (gates + biases)
+
+
 def test_what_is_split_off_takes_less_memory(mistral):
     def memory(*words, gpus=8, stage=1):
         return plan("mistral-7b-exact-700m", [mistral, *words], gpus=gpus).stages[stage].memory

@@ -122,7 +122,7 @@ class Plan:
             "result": f"{c.architectures[0]}, preset {self.preset}: {self.slots_line()}",
             "parameters": f"{total:,}, of them {new:,} new ({new / total:.2%})",
             "tensors": ", ".join(f"{n} {status}" for status, n in counts.items() if n),
-            "dtype": f"{str(c.dtype).removeprefix('torch.')}",
+            "dtype": name_of(c.dtype),
             "state": f"{self.state_bytes / 1e6:.2f} MB a sequence at any length; a key-value cache passes it after "
             f"{even:.0f} tokens" + (", and the kept layers have one" if self.gsa.softmax_layers else ""),
             "disk": f"{self.disk_bytes / 1e9:.2f} GB",
@@ -141,7 +141,7 @@ class Plan:
                 e.name: {
                     "status": e.status,
                     "shape": list(e.shape),
-                    "dtype": str(e.dtype).removeprefix("torch."),
+                    "dtype": name_of(e.dtype),
                     **({"note": e.note} if e.note else {}),
                 }
                 for e in self.entries
@@ -165,31 +165,22 @@ def make_plan(
     Raises UserError for an unsupported architecture, impossible options, and for every tensor of the source that would
     be dropped, every tensor of the result that nothing provides and every shape that disagrees with the config.
     """
-    family = family_of(source.config.model_type, where=source.path)
-    check_attention(source.config, where=source.path)
-    layers = source.config.num_hidden_layers
-    gsa = fit_layers(
-        preset(preset_name, slots, sinks, long_slots),
-        source.config,
-        layer_numbers(layer_slots, layers, "--layer-slots"),
-        layer_indices(keep_softmax, layers, "--keep-softmax"),
+    config = converted_config(
+        source.config, source.path, preset_name, slots, sinks, long_slots, layer_slots, keep_softmax
     )
-    to_dtype = getattr(torch, dtype) if dtype else None
-    main_dtype = to_dtype or source.dtype(next(name for name in source.names() if name.endswith("o_proj.weight")))
-    config = gsa_config(source.config, family.model_type, gsa, main_dtype)
-    return lay_out(source, config, preset_name, to_dtype, main_dtype)
+    return lay_out(source, config, preset_name, dtype)
 
 
 def import_plan(source: Source, dtype: str | None) -> Plan:
     """The plan for a source that has Gated Slot Attention already, in another project's format (Source.is_foreign)."""
+    return lay_out(source, source.config, "paper", dtype)
+
+
+def lay_out(source: Source, config, preset_name: str, dtype: str | None) -> Plan:
+    """Account for every tensor of the source and of the model that `config` describes; UserError where that fails."""
     to_dtype = getattr(torch, dtype) if dtype else None
     main_dtype = to_dtype or source.dtype(next(name for name in source.names() if name.endswith("o_proj.weight")))
-    source.config.dtype = main_dtype
-    return lay_out(source, source.config, "paper", to_dtype, main_dtype)
-
-
-def lay_out(source: Source, config, preset_name: str, to_dtype: torch.dtype | None, main_dtype: torch.dtype) -> Plan:
-    """Account for every tensor of the source and of the model that `config` describes; UserError where that fails."""
+    config.dtype = main_dtype
     target, new = target_tensors(config)
     if given := set(source.names()).intersection(new):
         new = {name: new[name] for name in new if name not in given}
@@ -247,13 +238,37 @@ def layer_numbers(text: str, layers: int, where: str) -> dict[int, int]:
     return numbers
 
 
-def gsa_config(source_config, model_type: str, gsa: GSAConfig, dtype: torch.dtype):
+def converted_config(
+    source_config,
+    where: object,
+    preset_name: str,
+    slots: int | None,
+    sinks: int | None,
+    long_slots: int,
+    layer_slots: str,
+    keep_softmax: str,
+):
+    """The result's config, for the options of a conversion. Raises UserError for an unsupported architecture (`where`
+    names it) and for options that do not fit."""
+    family = family_of(source_config.model_type, where=where)
+    check_attention(source_config, where=where)
+    layers = source_config.num_hidden_layers
+    gsa = fit_layers(
+        preset(preset_name, slots, sinks, long_slots),
+        source_config,
+        layer_numbers(layer_slots, layers, "--layer-slots"),
+        layer_indices(keep_softmax, layers, "--keep-softmax"),
+    )
+    return gsa_config(source_config, family.model_type, gsa)
+
+
+def gsa_config(source_config, model_type: str, gsa: GSAConfig):
     """The result's config: the source's, with the record of the GSA layers."""
     values = source_config.to_dict()
     for name in ("model_type", "architectures", "quantization_config", "transformers_version", "_name_or_path"):
         values.pop(name, None)
     config_class = CONFIG_CLASSES[model_type]
-    config = config_class.from_dict({**values, "gsa": gsa.to_dict(), "dtype": dtype})
+    config = config_class.from_dict({**values, "gsa": gsa.to_dict()})
     config.architectures = [config_class.__name__.replace("Config", "ForCausalLM")]
     return config
 
