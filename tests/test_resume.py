@@ -5,6 +5,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -143,6 +144,27 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(long, stages,
     finetune.finetune(str(stages), words, str(start), str(out))
     assert f"step-000009 is not complete: model.safetensors has {size} bytes of {size + 1}" in capfd.readouterr().err
     assert equals(out, straight) and (out / "1-lm" / "damaged-step-000009").is_dir()
+
+
+@pytest.mark.parametrize("fault", ["truncated", "gone"])
+def test_tokens_that_are_damaged_while_they_are_read(long, stages, start, tmp_path, monkeypatch, fault):
+    (words, straight), out = long, tmp_path / "run"
+    words = [*words, f"data.cache={tmp_path}/cache"]
+
+    def damage():
+        # of both sets of tokens, training and validation, the one that is read
+        for ids in (tmp_path / "cache").glob("*/00000/ids.npy"):
+            os.truncate(ids, 500) if fault == "truncated" else ids.unlink()
+
+    with monkeypatch.context() as patch:
+        at_step(5, patch, damage)
+        with pytest.raises(UserError, match=r"damaged tokens: .*ids.npy.* \(in .*00000\); try: `rm -r ") as error:
+            finetune.finetune(str(stages), words, str(start), str(out))
+    assert "\n" not in str(error.value)
+    assert engine.newest_checkpoint(out / "1-lm").name == "step-000003"
+    shutil.rmtree(tmp_path / "cache")
+    finetune.finetune(str(stages), words, str(start), str(out))
+    assert equals(out, straight)
 
 
 def test_data_that_ends_in_the_middle_leaves_the_last_checkpoint(stages, start, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from t2r.data.tokens import Shard, Tokens
+from t2r.data.tokens import Shard, Tokens, stretch
 from t2r.errors import UserError
 
 UNLABELLED = -100  # what cross_entropy ignores
@@ -149,12 +149,12 @@ class Rows:
         wanted[-1] &= not cut
         shard, begin = self.locate(row)
         if shard.learned is not None:
-            wanted &= shard.learned[begin + 1 : begin + self.context + 1]
+            wanted &= stretch(shard.learned, begin + 1, begin + self.context + 1)
         return wanted
 
     def read(self, row: int) -> Row:
         shard, begin = self.locate(row)
-        ids = shard.ids[begin : begin + self.context + 1].astype(np.int64)
+        ids = stretch(shard.ids, begin, begin + self.context + 1).astype(np.int64)
         starts, cut = self.bounds(row)
         return Row(ids, starts, np.where(self.wanted(row, starts, cut), ids[1:], UNLABELLED))
 

@@ -30,8 +30,9 @@ FACTS, COMPLETE, FAULT, LOCK = "shard.json", "complete.json", "fault.txt", ".loc
 
 
 class Shard(NamedTuple):
-    """ids [n] uint16 or uint32: documents one after the other, each ended by the end-of-text token. starts [documents]
-    int64: where each begins. learned [n] bool: the tokens to be predicted, None: all."""
+    """ids [n] uint16 or uint32: documents one after the other, a text ended by the end-of-text token, a chat as its
+    template ends it. starts [documents] int64: where each begins. learned [n] bool: the tokens to be predicted, None:
+    all. ids and learned are mapped: take `stretch`es of them."""
 
     ids: np.ndarray
     starts: np.ndarray
@@ -167,7 +168,26 @@ def open_shard(path: Path) -> Shard:
             raise ValueError(f"{len(ids)} tokens of {facts['tokens']}")
         return shard
     except (OSError, ValueError, LookupError, EOFError) as error:
-        raise UserError(f"damaged tokens: {error}", where=path, next=f"rm -r {path.parent}") from error
+        raise damaged(path, error) from error
+
+
+def stretch(array: np.ndarray, begin: int, end: int) -> np.ndarray:
+    """array[begin:end] of what may be mapped. It is read from the file, whose bytes may be gone since it was opened:
+    the map would answer with a signal that ends the process. Raises UserError then."""
+    if not isinstance(array, np.memmap):
+        return array[begin:end]
+    path = Path(array.filename)
+    try:
+        found = np.fromfile(path, array.dtype, end - begin, offset=array.offset + begin * array.itemsize)
+        if len(found) < end - begin:
+            raise ValueError(f"{path.name} has no more than {begin + len(found)} tokens of {len(array)}")
+        return found
+    except (OSError, ValueError) as error:
+        raise damaged(path.parent, error) from error
+
+
+def damaged(shard: Path, what: object) -> UserError:
+    return UserError(f"damaged tokens: {what}", where=shard, next=f"rm -r {shard.parent}")
 
 
 def check_hashes(folder: Path) -> None:
@@ -176,7 +196,7 @@ def check_hashes(folder: Path) -> None:
         known = json.loads((path / FACTS).read_text())["sha256"]
         for name, digest in known.items():
             if sha256(path / name) != digest:
-                raise UserError(f"damaged tokens: {name} is not what was written", where=path, next=f"rm -r {folder}")
+                raise damaged(path, f"{name} is not what was written")
 
 
 def sha256(path: Path) -> str:
