@@ -6,22 +6,14 @@ lm-eval's; scoring.py reads texts for them; run.py runs them in units; statistic
 
 
 def compare(
-    models: list[str],
-    recipe: str = "quick",
-    out: str | None = None,
-    limit: int | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
-    data: str | None = None,
-    batch_size: int | str | None = None,
-    log_samples: bool = False,
-    allow_code: bool = False,
+    models: list[str], recipe: str = "quick", out: str | None = None, limit: int | None = None, **options
 ) -> dict:
     """Evaluate the models, the original first, on the same items; write a report and return what report.json holds.
 
     models: what `t2r convert` reads or wrote, as PATH or LABEL=PATH. recipe: a shipped name or a YAML file.
     out: the folder to make, by default runs/compare-LABEL of the second model. An interrupted run keeps what it has
-    finished beside it and goes on when it is called again. limit: items of each task.
+    finished beside it and goes on when it is called again. limit: items of each task. Options:
+
     device: by default all GPUs, or the CPU; several, with commas, share the work. dtype: by default the one that the
     converted model is stored in; the original is cast to the same. data: the folder that `eval:` in the recipe means.
     batch_size: texts that are read at once, "auto": as many as fit, None: the recipe's. No score depends on it.
@@ -35,28 +27,15 @@ def compare(
 
     if len(models) < 2:
         raise UserError("nothing to compare with: give the original and a converted model", next="t2r compare --help")
-    request = Request(tuple(models), recipe, out, limit, dtype, data, batch_size, allow_code)
-    return measure(request, device, log_samples)
+    return measure(Request(tuple(models), recipe, out, limit, **options))
 
 
-def evaluate(
-    model: str,
-    recipe: str = "quick",
-    out: str | None = None,
-    limit: int | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
-    data: str | None = None,
-    batch_size: int | str | None = None,
-    log_samples: bool = False,
-    allow_code: bool = False,
-) -> dict:
-    """Evaluate one model: `compare` without an original, with the same arguments.
+def evaluate(model: str, **options) -> dict:
+    """Evaluate one model: `compare` without an original, with the same arguments, by keyword.
 
     out: by default runs/eval-LABEL. Tasks that compare a model with its original are left out.
     """
     from t2r.evaluate.measure import measure
     from t2r.evaluate.run import Request
 
-    request = Request((model,), recipe, out, limit, dtype, data, batch_size, allow_code)
-    return measure(request, device, log_samples)
+    return measure(Request((model,), **options))

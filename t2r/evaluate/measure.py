@@ -15,7 +15,7 @@ from t2r.evaluate.results import collect
 from t2r.evaluate.run import Plan, Request, run
 
 
-def measure(request: Request, device: str | None, log_samples: bool) -> dict:
+def measure(request: Request) -> dict:
     """Run the request and write its report; what report.json holds.
 
     Raises UserError, before any model is run, for whatever the user can mend; KeyboardInterrupt, with a message, when
@@ -25,7 +25,7 @@ def measure(request: Request, device: str | None, log_samples: bool) -> dict:
         if isinstance(value, int) and value < 1:
             raise UserError(f"{value} items are nothing to measure", where=name, nearest=1)
     require_matplotlib()
-    devices = pick_devices(device)
+    devices = pick_devices(request.device)
     plan = Plan(request, devices[0].type == "cpu")
     check_absent(plan.out)
     with folder_beside(plan):
@@ -34,7 +34,7 @@ def measure(request: Request, device: str | None, log_samples: bool) -> dict:
         shutil.rmtree(plan.aside / "report", ignore_errors=True)
         with named_fault(plan.out):
             (plan.aside / "report").mkdir()
-            write(results, plan.aside / "report", log_samples)
+            write(results, plan.aside / "report", request.log_samples)
         check_absent(plan.out)
         with named_fault(plan.out):
             os.rename(plan.aside / "report", plan.out)

@@ -47,6 +47,8 @@ class Request:
     data: str | None = None
     batch_size: int | str | None = None
     allow_code: bool = False
+    device: str | None = None
+    log_samples: bool = False
 
 
 class Plan:
