@@ -64,7 +64,8 @@ class LoRAConfig:
 @dataclass
 class LossConfig:
     """align: what a mixer's output is judged by, its squared distance or its angle to the teacher's.
-    kl: weight of KL(teacher || student) in `distill`, the rest is cross-entropy. temperature: of both in the KL.
+    kl: weight of KL(teacher || student) in `distill`, the rest is cross-entropy. temperature: of both in the KL. Of a
+        chat both are of what the assistant says: what others say is read, not imitated. align is of every token.
     chunk: tokens whose logits exist at once, the memory knob of `distill` and `lm`; it changes no result.
     backend: our own loss, or liger-kernel's, which needs a GPU and that package.
     """

@@ -2,20 +2,23 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from stage_cases import PACKED, SIZES, STAGE, alone, batch_of, student_model, teacher_model
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, log_softmax
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from t2r.data.packing import UNLABELLED, Batch
+from t2r.data.packing import UNLABELLED, Batch, Mixture, Rows
+from t2r.data.tokens import Shard, Tokens
 from t2r.families import FAMILIES
 from t2r.modeling.attention import GSAttention
 from t2r.modeling.configuration import CONFIG_CLASSES, preset
 from t2r.schema import LearningRates, LossConfig
 from t2r.train import engine
+from t2r.train.losses import head
 from t2r.train.parameters import group_of, parameter_groups
 from t2r.train.stages import STAGES, Align, attention_lessons, hidden_states
 
@@ -37,6 +40,29 @@ def test_a_packed_loss_is_that_of_the_documents_alone(kind):
     if kind == "distill":
         assert metrics["kl"].item() == pytest.approx(want["kl"], rel=1e-3)
         assert loss.item() == pytest.approx(0.7 * want["kl"] + 0.3 * want["ce"], rel=1e-4)
+
+
+def test_of_a_chat_distill_imitates_the_assistant_and_align_all():
+    """Rows of tokens half of which are to be learned, beside the same rows to be learned whole."""
+    student, teacher = student_model(), teacher_model()
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 96, (161,), generator=generator).numpy()
+    learned = torch.rand(161, generator=generator).numpy() < 0.5
+    shards = [Shard(ids, np.array([0, 50, 95]), marks) for marks in (None, learned)]
+    whole, chat = (next(Mixture([Rows(Tokens([shard]), 40)]).step(0, 4, 4)) for shard in shards)
+    assert torch.equal(whole.input_ids, chat.input_ids) and whole.share > 1.5 * chat.share
+
+    stage = STAGES["distill"](replace(STAGE, kind="distill", loss=LossConfig(kl=0.7)))
+    loss, metrics = stage.loss(student, teacher, chat)
+    ours, theirs = (log_softmax(head(m)(hidden_states(m, chat)), -1) for m in (student, teacher))
+    order = [Rows(Tokens(shards[1:]), 40).place(n) for n in range(4)]
+    said = torch.from_numpy(np.stack([learned[40 * row + 1 : 40 * row + 41] for row in order]))
+    said &= whole.labels != UNLABELLED
+    kl = (theirs.exp() * (theirs - ours)).sum(-1)[said].mean()
+    ce = -ours.gather(-1, whole.labels.clamp(min=0)[..., None])[..., 0][said].mean()
+    assert (metrics["kl"].item(), metrics["ce"].item()) == pytest.approx((kl.item(), ce.item()), rel=1e-4)
+    assert loss.item() == pytest.approx(0.7 * kl.item() + 0.3 * ce.item(), rel=1e-4)
+    assert torch.equal(Align(STAGE).loss(student, teacher, chat)[0], Align(STAGE).loss(student, teacher, whole)[0])
 
 
 def test_packed_align_is_the_relative_error_of_the_documents_alone():
