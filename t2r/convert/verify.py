@@ -205,8 +205,8 @@ def softmax_back(converted: Source, source: Source):
 
     config = softmax_config(source)
     model_class = AutoModelForCausalLM._model_mapping[type(config)]
-    names = [name for name in source.names() if name in set(converted.names())]
-    tensors = {name: converted.tensor(name).float() for name in names}
+    names = set(converted.names())
+    tensors = {name: converted.tensor(name).float() for name in source.names() if name in names}
     return model_class.from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32).eval()
 
 
