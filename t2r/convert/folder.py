@@ -63,14 +63,13 @@ class FolderSource(Source):
         if stored.offset is None:
             # Mapped anew for each tensor: pages of a mapping that stays open count as resident memory.
             return _load_pickle(stored.file)[stored.key].clone(memory_format=torch.contiguous_format)
-        size = torch.Size(stored.shape).numel() * stored.dtype.itemsize
-        return reader.read(stored.offset, size, stored.key).view(stored.dtype).reshape(stored.shape)
+        return reader.read(stored.offset, stored.nbytes, stored.key).view(stored.dtype).reshape(stored.shape)
 
     def _pieces(self, stored: Stored, reader: Reader, buffer: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
         if stored.offset is None:
             yield from super()._pieces(stored, reader, buffer)
             return
-        size = torch.Size(stored.shape).numel() * stored.dtype.itemsize
+        size = stored.nbytes
         for begin in range(0, size, len(buffer)):
             piece = buffer[: min(len(buffer), size - begin)]
             reader.read_into(piece, stored.offset + begin, stored.key)

@@ -71,9 +71,6 @@ class GgufSource(Source):
         self._complete_config(blocks)
         self._stored = self._rename(blocks)
 
-    def _read(self, stored: _Blocks, reader: Reader) -> torch.Tensor:
-        return self._dequantise(stored, reader)
-
     def generation_config(self):
         from transformers import GenerationConfig
 
@@ -140,7 +137,7 @@ class GgufSource(Source):
             )
         return blocks
 
-    def _dequantise(self, block: _Blocks, reader: Reader) -> torch.Tensor:
+    def _read(self, block: _Blocks, reader: Reader) -> torch.Tensor:
         from gguf.quants import dequantize
 
         data = reader.read(block.offset, math.prod(block.rows), block.key).numpy()
@@ -178,7 +175,7 @@ class GgufSource(Source):
         factors = None
         if ROPE_FREQS in blocks:
             with Reader(self.path) as reader:
-                factors = self._dequantise(blocks[ROPE_FREQS], reader)
+                factors = self._read(blocks[ROPE_FREQS], reader)
         self._complete_rope(factors)
 
     def _complete_rope(self, factors: torch.Tensor | None) -> None:

@@ -74,6 +74,11 @@ class Stored:
     dtype: torch.dtype
     offset: int | None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor once read."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
 
 class Reader:
     """One file read front to back, in parts. With `hashing` every byte of it enters a SHA-256 exactly once, those
@@ -160,7 +165,7 @@ class Source:
 
     def nbytes(self, name: str) -> int:
         """Bytes of the tensor in memory."""
-        return torch.Size(self.shape(name)).numel() * self.dtype(name).itemsize
+        return self._stored[name].nbytes
 
     def place(self, name: str) -> tuple[Path, int] | None:
         """File and offset of a tensor's bytes, or None where they are not stored as they are read."""
@@ -238,15 +243,7 @@ def load_config(path: Path, gguf_file: str | None = None):
             method = quantised.get("quant_method", "unnamed method")
             raise UserError(f"the weights are quantised ({method}); only plain weights and GGUF are read", where=where)
         return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False, **options)
-    except (
-        StrictDataclassError,
-        ArithmeticError,
-        OSError,
-        ValueError,
-        TypeError,
-        LookupError,
-        AttributeError,
-    ) as error:
+    except (*CONFIG_FAULTS, OSError, StrictDataclassError) as error:
         cause = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
         raise UserError(f"the config cannot be used: {first_line(cause)}", where=where) from error
 
