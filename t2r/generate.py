@@ -34,6 +34,7 @@ def generate(
     from transformers.cache_utils import DynamicCache
 
     from t2r.convert.source import open_source
+    from t2r.evaluate.efficiency import cache_bytes
     from t2r.modeling.cache import SlotCacheLayer
 
     source = open_source(model)
@@ -67,13 +68,9 @@ def generate(
     network.generate(
         **inputs.to(device), max_new_tokens=max_new_tokens, streamer=streamer, past_key_values=cache, **sampling
     )
-    memory = sum(
-        layer.nbytes if isinstance(layer, SlotCacheLayer) else layer.keys.nbytes + layer.values.nbytes
-        for layer in cache.layers
-    )
     constant = all(isinstance(layer, SlotCacheLayer) for layer in cache.layers)
     kind = "state, the same at any length" if constant else "cache, growing with the text"
-    print(f"{streamer.summary()}; {memory:,} bytes of {kind}", file=sys.stderr)
+    print(f"{streamer.summary()}; {cache_bytes(cache):,} bytes of {kind}", file=sys.stderr)
 
 
 class TimedStreamer:
