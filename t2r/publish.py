@@ -7,7 +7,6 @@ from pathlib import Path
 from t2r.errors import UserError
 
 PUBLIC = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py", "README.md")
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 CARD = """# {name}
 
@@ -72,6 +71,8 @@ def model_card(plan, report: dict, verification: str | None) -> str:
     import yaml
 
     from t2r import __version__
+    from t2r.convert.locate import HUB_ID
+    from t2r.convert.plan import name_of
 
     is_hub_id = HUB_ID.fullmatch(plan.source.spec) and not Path(plan.source.spec).exists()
     base = plan.source.spec if is_hub_id or plan.source.spec.startswith("package:") else plan.source.path.name
@@ -95,7 +96,7 @@ def model_card(plan, report: dict, verification: str | None) -> str:
         kind=KINDS[plan.preset],
         version=__version__,
         architecture=plan.config.architectures[0],
-        dtype=str(plan.config.dtype).removeprefix("torch."),
+        dtype=name_of(plan.config.dtype),
         preset=plan.preset,
         total=total,
         new=new,
@@ -136,6 +137,7 @@ def push(folder: str, repo: str, private: bool = False, dry_run: bool = False) -
 
     Raises UserError when the folder holds no converted model, the name is no repository's, or the hub refuses.
     """
+    from t2r.convert.locate import HUB_ID
     from t2r.convert.source import open_source
 
     if not HUB_ID.fullmatch(repo):
