@@ -162,6 +162,11 @@ def test_what_fla_cannot_express_is_refused(paper, tmp_path, change, message):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_a_folder_that_is_there_is_kept(paper, exported):
+    with pytest.raises(UserError, match=f"already exists; try: `t2r export {paper} {exported}-2`"):
+        export(str(paper), str(exported))
+
+
 def test_a_source_is_refused_with_the_command_that_converts_it(source, tmp_path):
     with pytest.raises(UserError, match="a llama model, not a converted one.*t2r convert .* --preset paper"):
         export(str(source), str(tmp_path / "out"))
@@ -189,5 +194,6 @@ def test_what_t2r_cannot_read_is_refused(exported, tmp_path, capfd, change, mess
 
 
 def test_slots_of_an_imported_model_are_not_ours_to_choose(exported, tmp_path):
-    with pytest.raises(UserError, match="has its slots already"):
-        convert(str(exported), str(tmp_path / "out"), slots=64)
+    for option in ({"slots": 64}, {"slots": 0}, {"sinks": 0}):
+        with pytest.raises(UserError, match="has its slots already"):
+            convert(str(exported), str(tmp_path / "out"), **option)

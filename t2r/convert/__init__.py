@@ -59,7 +59,7 @@ def convert(
     opened = open_source(source)
     check_config(opened)
     if opened.is_foreign:
-        if slots or sinks or long_slots or layer_slots or keep_softmax:
+        if slots is not None or sinks is not None or long_slots or layer_slots or keep_softmax:
             raise UserError("this model has its slots already: only its dtype can be chosen", where=opened.path)
         plan = import_plan(opened, dtype)
     else:

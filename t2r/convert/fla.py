@@ -126,14 +126,15 @@ def export(folder: str, out: str, to: str = "fla") -> None:
     """
     import json
 
-    from t2r.convert.source import open_source
+    from t2r.convert.source import open_source, quote
     from t2r.convert.writer import FolderWriter, check_absent, preflight
 
-    check_absent(out)
+    command = f"t2r export {quote(folder)}"
+    check_absent(out, command)
     source = open_source(folder)
     config = export_config(source)
     plan = {theirs(name): (source.shape(name), source.dtype(name)) for name in source.names()}
-    preflight(out, sum(source.nbytes(name) for name in source.names()) + 20_000_000, 0)
+    preflight(out, sum(source.nbytes(name) for name in source.names()) + 20_000_000, 0, command)
     with FolderWriter(out, plan) as writer:
         for name, start, values in source.pieces():
             writer.add_piece(theirs(name), start, values)

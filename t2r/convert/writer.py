@@ -288,19 +288,20 @@ def _fingerprint(*parts: object) -> str:
     return hashlib.sha256(repr((boot, *parts)).encode()).hexdigest()
 
 
-def check_absent(out: str | Path) -> None:
-    """Raise UserError when something lies at `out`, a broken link included."""
+def check_absent(out: str | Path, command: str = "t2r convert SRC") -> None:
+    """Raise UserError when something lies at `out`, a broken link included. command: what would make another one."""
     out = Path(out).expanduser()
     if not os.path.lexists(out):
         return
     number = 2
     while os.path.lexists(free := out.parent / f"{out.absolute().name}-{number}"):
         number += 1
-    raise UserError(f"{out} already exists", next=f"t2r convert SRC {shlex.quote(str(free))}")
+    raise UserError(f"{out} already exists", next=f"{command} {shlex.quote(str(free))}")
 
 
-def preflight(out: str | Path, disk_bytes: int, ram_bytes: int) -> None:
-    """Raise UserError unless the disk at `out` has room for `disk_bytes` and the memory for `ram_bytes`."""
+def preflight(out: str | Path, disk_bytes: int, ram_bytes: int, command: str = "t2r convert SRC") -> None:
+    """Raise UserError unless the disk at `out` has room for `disk_bytes` and the memory for `ram_bytes`. command: what
+    would make `out` elsewhere."""
     out = Path(out).expanduser().absolute()
     place = next(parent for parent in out.parents if parent.exists())
     begun = (place / f".{out.name}.partial").glob("*")  # what a killed run has written is continued or removed
@@ -309,7 +310,7 @@ def preflight(out: str | Path, disk_bytes: int, ram_bytes: int) -> None:
         raise UserError(
             f"not enough disk: {_gb(disk_bytes)} needed, {_gb(free_disk)} free",
             where=place,
-            next=f"t2r convert SRC /OTHER/DISK/{shlex.quote(out.name)}",
+            next=f"{command} /OTHER/DISK/{shlex.quote(out.name)}",
         )
     free_ram = available_ram()
     if free_ram is not None and free_ram < ram_bytes:
