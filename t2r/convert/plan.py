@@ -87,7 +87,7 @@ class Plan:
 
     def parameters(self) -> tuple[int, int]:
         """(all, new) parameters of the result."""
-        count = {e.name: torch.Size(e.shape).numel() for e in self.entries if e.name in self.targets}
+        count = {name: torch.Size(shape).numel() for name, (shape, _) in self.targets.items()}
         return sum(count.values()), sum(count[name] for name in self.new_tensors)
 
     @property
