@@ -4,6 +4,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -31,6 +32,11 @@ def softmax_check(model, ids: Tensor, logits: Tensor) -> Check:
     return Check("softmax put back: logits against the source", moved, 1e-4)
 
 
+def read(model, ids: Tensor, cuts: list[int], cache) -> Tensor:
+    """Logits of ids [B,T] from the first cut to the last, read from cut to cut into `cache`."""
+    return torch.cat([model(ids[:, a:b], past_key_values=cache).logits for a, b in pairwise(cuts)], dim=1)
+
+
 def reading_checks(model, ids: Tensor) -> list[Check]:
     """The same text read at once, in chunks, token by token, resumed twice from one state, and left-padded."""
     from transformers import DynamicCache
@@ -38,22 +44,17 @@ def reading_checks(model, ids: Tensor) -> list[Check]:
     T = ids.shape[1]
     whole = model(ids).logits
 
-    def read(cuts: list[int], cache=None) -> Tensor:
-        cache = DynamicCache() if cache is None else cache
-        parts = [model(ids[:, a:b], past_key_values=cache).logits for a, b in zip(cuts, cuts[1:], strict=False)]
-        return torch.cat(parts, dim=1)
-
     half = DynamicCache()
-    read([0, T // 2], half)
-    resumed = [read([T // 2, T], copy.deepcopy(half)) for _ in range(2)]
+    read(model, ids, [0, T // 2], half)
+    resumed = [read(model, ids, [T // 2, T], copy.deepcopy(half)) for _ in range(2)]
     short = T - 37
     batch = torch.cat([ids, torch.cat([ids[:, :37], ids[:, :short]], dim=1)])
     mask = torch.ones_like(batch)
     mask[1, :37] = 0
     padded = model(batch, attention_mask=mask).logits
     pairs = {
-        "in chunks": (read([0, T // 3, T // 3 + 1, T]), whole),
-        "token by token": (read(list(range(T + 1))), whole),
+        "in chunks": (read(model, ids, [0, T // 3, T // 3 + 1, T], DynamicCache()), whole),
+        "token by token": (read(model, ids, list(range(T + 1)), DynamicCache()), whole),
         "resumed from a state, twice": (torch.cat(resumed), whole[:, T // 2 :].expand(2, -1, -1)),
         "in a left-padded batch": (torch.cat([padded[0], padded[1, 37:]]), torch.cat([whole[0], whole[0, :short]])),
     }
@@ -65,11 +66,10 @@ def low_precision_check(model, low, ids: Tensor) -> Check:
     from transformers import DynamicCache
 
     T = ids.shape[1]
-    cuts, cache = [0, *range(T - 32, T + 1)], DynamicCache(config=low.config)
-    parts = [low(ids[:, a:b], past_key_values=cache).logits for a, b in zip(cuts, cuts[1:], strict=False)]
+    decoded = read(low, ids, [0, *range(T - 32, T + 1)], DynamicCache(config=low.config))
     once = low(ids, use_cache=False).logits
     noise = rms(once - model(ids, use_cache=False).logits)
-    added = rms(torch.cat(parts, dim=1) - once) / noise
+    added = rms(decoded - once) / noise
     return Check("decoding in bfloat16: its error over that of reading at once", added, 2.0)
 
 
@@ -88,8 +88,8 @@ def mixer_reading_checks(model, ids: Tensor) -> list[Check]:
             "token by token": read_mixer(module, x, kwargs, positions, [*range(9), *range(T - 32, T + 1)]),
             "left-padded": read_mixer(module, torch.cat([x[:, :37], x], dim=1), kwargs, padded, [0, T + 37])[:, 37:],
         }
-        for how, read in reads.items():
-            worst[how] = max(worst.get(how, 0.0), distance(read, output[0]) / largest)
+        for how, found in reads.items():
+            worst[how] = max(worst.get(how, 0.0), distance(found, output[0]) / largest)
         low = low_precision(module)
         cuts = [[0, T], [0, *range(T - 32, T + 1)]]
         once, decoded = (read_mixer(low, x.to(torch.bfloat16), kwargs, positions, cut) for cut in cuts)
@@ -126,7 +126,7 @@ def read_mixer(module, x: Tensor, kwargs: dict, positions: Tensor, cuts: list[in
         return tuple(torch.cat([y[:, :front], y], dim=1)[:, a:b].to(x.dtype) for y in pair)
 
     turns = kwargs["gsa_context"].sink_turns
-    for a, b in zip(cuts, cuts[1:], strict=False):
+    for a, b in pairwise(cuts):
         given = {
             **kwargs,
             "hidden_states": x[:, a:b],
