@@ -10,10 +10,7 @@ PUBLIC = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py", "REA
 
 CARD = """# {name}
 
-{original} with **Gated Slot Attention** in place of softmax attention: {slots}. A sequence takes {state:.2f} MB of
-memory at any length, where the key-value cache of the original grew by {cache:.1f} KB a token.
-
-{kind}
+{description}
 
 ## Use
 
@@ -56,9 +53,9 @@ The source's files:
 
 KINDS = {
     "exact": "It was not trained: it starts as a ring buffer, equal to the original as long as the text fits the slots "
-    "and to the original with a sliding window beyond.",
+    "and to the original with a sliding window beyond",
     "paper": "It was not trained and is no language model yet: this is the start that the Gated Slot Attention paper "
-    "([arXiv 2409.07146](https://arxiv.org/abs/2409.07146)) trains from.",
+    "([arXiv 2409.07146](https://arxiv.org/abs/2409.07146)) trains from",
 }
 
 
@@ -89,11 +86,8 @@ def model_card(plan, report: dict, verification: str | None) -> str:
     text = CARD.format(
         name=f"{base.rpartition('/')[2].removeprefix('package:')}-gsa",
         base=base,
-        original=f"[{base}](https://huggingface.co/{base})" if is_hub_id else f"`{base}`",
+        description=describe(plan, f"[{base}](https://huggingface.co/{base})" if is_hub_id else f"`{base}`"),
         slots=plan.slots_line(),
-        state=plan.state_bytes / 1e6,
-        cache=plan.cache_bytes_per_token / 1e3,
-        kind=KINDS[plan.preset],
         version=__version__,
         architecture=plan.config.architectures[0],
         dtype=name_of(plan.config.dtype),
@@ -105,6 +99,20 @@ def model_card(plan, report: dict, verification: str | None) -> str:
         verification=f"```text\n{verification}\n```" if verification else "It was not verified.",
     )
     return f"---\n{yaml.safe_dump(about, sort_keys=False)}---\n\n{text}"
+
+
+def describe(plan, original: str) -> str:
+    """What the model is, in the words of the card. original: its source, in Markdown."""
+    slots = f"{plan.slots_line()}. The slots of a sequence take {plan.state_bytes / 1e6:.2f} MB of memory at any length"
+    if plan.source.is_foreign:
+        return f"{original}, a model with **Gated Slot Attention** of flash-linear-attention, in t2r's format: {slots}."
+    kind = KINDS[plan.preset]
+    if 0 < plan.gsa.ring < plan.gsa.slots:
+        kind += ", were it not for its long slots, which start as slow averages of the text"
+    return (
+        f"{original} with **Gated Slot Attention** in place of softmax attention: {slots}, where the key-value cache "
+        f"of the same layers grew by {plan.cache_bytes_per_token / 1e3:.1f} KB a token.\n\n{kind}."
+    )
 
 
 def tensor_table(tensors: dict[str, dict]) -> str:

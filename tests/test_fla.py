@@ -101,6 +101,8 @@ def test_what_comes_back_is_what_went(paper, exported, capfd):
     assert main(["convert", str(exported), str(back)]) == 0
     printed = capfd.readouterr().out
     assert "verified" in printed and "preset paper: 12 slots" in printed
+    card = (back / "README.md").read_text()
+    assert "of flash-linear-attention, in t2r's format: 12 slots." in card and "not trained" not in card
     mine, again = load_file(paper / "model.safetensors"), load_file(back / "model.safetensors")
     assert mine.keys() == again.keys() and all(torch.equal(mine[name], again[name]) for name in mine)
     entries = json.loads((back / "conversion.json").read_text())["tensors"].values()

@@ -114,6 +114,8 @@ def test_the_card_says_what_was_made_of_what(converted):
         assert f"| {file['name']} | {file['bytes']:,} | {file['sha256']} |" in card.text
     assert "| `model.layers.*.self_attn.v_proj.bias` | 2 | copied | 32 | bfloat16 |" in card.text
     assert "| `model.layers.*.self_attn.write` | 2 | new | 2 x 64 | float32 |" in card.text
+    assert "`tiny` with **Gated Slot Attention** in place of softmax attention: 64 slots, 4 sinks." in card.text
+    assert "It was not trained" in card.text and "long slots" not in card.text
     assert "\nverified\n" in card.text and "trust_remote_code=True" in card.text
     assert sum(int(n) for n in re.findall(r"^\| `\S+` \| (\d+) \|", card.text, re.MULTILINE)) == len(report["tensors"])
 
