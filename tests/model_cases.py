@@ -1,5 +1,7 @@
 """Tiny models, token ids and the comparisons that the tests of models and of their configuration share."""
 
+from itertools import pairwise
+
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -53,6 +55,11 @@ def tokens(*shape, seed=0):
 
 def same(a, b, atol=1e-4):
     torch.testing.assert_close(a, b, rtol=0, atol=atol)
+
+
+def read(model, ids, cuts, cache):
+    """Logits of ids [B, T] from the first cut to the last, read from cut to cut into `cache`."""
+    return torch.cat([model(ids[:, a:b], past_key_values=cache).logits for a, b in pairwise(cuts)], dim=1)
 
 
 def padded(rows, left):

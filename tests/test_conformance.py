@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from model_cases import disturb, padded, same, same_where, tokens
+from model_cases import disturb, padded, read, same, same_where, tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Gemma3TextConfig, pipeline
 
 from t2r.cli import main
@@ -82,6 +82,8 @@ def test_a_hybrid_is_verified_and_describes_itself(gemma, tmp_path, capsys):
     assert "20 to 24 slots, 3 sinks, 4 of them long, softmax kept in 2 of 4 layers" in printed
     assert printed.count("\nok ") == 10 and "\nverified\n" in printed
     assert main(["verify", str(tmp_path / "out"), "--source", str(gemma), "--by-layer"]) == 0
+    card = (tmp_path / "out/README.md").read_text()
+    assert "softmax kept in 2 of 4 layers. The slots of a sequence" in card and "were it not for its long slots" in card
     record = json.loads((tmp_path / "out/config.json").read_text())["gsa"]
     assert record["softmax_layers"] == [1, 2] and record["slots"] == 20 and record["ring"] == 16
     assert record["layers"] == {"0": {"ring": 20, "sinks": 0, "slots": 24, "sink_distance": None}}
@@ -135,8 +137,7 @@ def test_reading_in_parts(model):
     whole = model(ids).logits
     for cuts in ([0, 50, 51, 100], [0, 7, *range(8, 101)]):
         cache = DynamicCache(config=model.config)
-        parts = [model(ids[:, a:b], past_key_values=cache).logits for a, b in zip(cuts, cuts[1:], strict=False)]
-        same(torch.cat(parts, dim=1), whole)
+        same(read(model, ids, cuts, cache), whole)
     memories = [layer for layer in cache.layers if isinstance(layer, SlotCacheLayer)]
     assert len(memories) == len(model.model.gsa_layers)
     assert sum(layer.nbytes for layer in memories) == 2 * GSAConfig.of(model.config).state_bytes(model.config)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from model_cases import SINKS, SLOTS, STUDENTS, padded, same, same_where, student_model, teacher_model, tokens
+from model_cases import SINKS, SLOTS, STUDENTS, padded, read, same, same_where, student_model, teacher_model, tokens
 from torch.nn.functional import logsigmoid, silu
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -56,8 +56,7 @@ def test_reading_at_once_in_parts_and_by_token_agree(model):
     whole = model(ids).logits
     for cuts in ([0, 150], [0, 64, 65, 150], [0, 7, *range(8, 151)]):
         cache = DynamicCache(config=model.config)
-        parts = [model(ids[:, a:b], past_key_values=cache).logits for a, b in zip(cuts, cuts[1:], strict=False)]
-        same(torch.cat(parts, dim=1), whole)
+        same(read(model, ids, cuts, cache), whole)
         slots = [i for i, layer in enumerate(cache.layers) if isinstance(layer, SlotCacheLayer)]
         assert cache.get_seq_length() == 150 and slots == list(model.model.gsa_layers)
 
@@ -206,8 +205,7 @@ def test_a_cache_of_another_model_is_refused():
 def test_static_cache_object():
     model, ids = student_model(), tokens(1, 40)
     cache = StaticCache(config=model.config, max_cache_len=64)
-    parts = [model(ids[:, a:b], past_key_values=cache).logits for a, b in ((0, 20), (20, 40))]
-    same(torch.cat(parts, dim=1), model(ids).logits)
+    same(read(model, ids, [0, 20, 40], cache), model(ids).logits)
 
 
 @CASES
@@ -280,6 +278,4 @@ def test_far_sinks_are_read_at_the_bounded_distance():
     near, far = model(ids).logits, unbounded(ids).logits
     same(near[:, :41], far[:, :41])
     assert (near[:, 41:] - far[:, 41:]).abs().max() > 1e-3
-    cache = DynamicCache()
-    parts = [model(ids[:, a:b], past_key_values=cache).logits for a, b in ((0, 30), (30, 55), (55, 56), (56, 100))]
-    same(torch.cat(parts, dim=1), near)
+    same(read(model, ids, [0, 30, 55, 56, 100], DynamicCache()), near)
