@@ -107,7 +107,7 @@ def describe(plan, original: str) -> str:
     if plan.source.is_foreign:
         return f"{original}, a model with **Gated Slot Attention** of flash-linear-attention, in t2r's format: {slots}."
     kind = KINDS[plan.preset]
-    if 0 < plan.gsa.ring < plan.gsa.slots:
+    if plan.gsa.long_slots:
         kind += ", were it not for its long slots, which start as slow averages of the text"
     return (
         f"{original} with **Gated Slot Attention** in place of softmax attention: {slots}, where the key-value cache "

@@ -46,6 +46,11 @@ class GSAConfig:
     def spec(self) -> GSASpec:
         return GSASpec(self.gate, self.damping, self.ring, self.sinks, self.occupancy, self.feature_map)
 
+    @property
+    def long_slots(self) -> int:
+        """Slots outside the ring; none where there is no ring."""
+        return self.slots - self.ring if self.ring else 0
+
     @classmethod
     def of(cls, config: PreTrainedConfig) -> "GSAConfig":
         """The record of a converted model's config; UserError if a field is unknown or a layer does not exist."""
@@ -87,7 +92,7 @@ class GSAConfig:
         A long slot starts as a moving average with a half-life of 1 to 32 laps of the ring, modulated by a random gate.
         """
         generator = torch.Generator().manual_seed(seed)
-        long = self.slots - self.ring if self.ring else 0
+        long = self.long_slots
         gate = torch.zeros(kv_heads, self.slots, hidden)
         for rows, std in (
             (gate[:, : self.slots - long], self.gate_std),
@@ -177,8 +182,7 @@ def fit_layers(gsa: GSAConfig, source: PreTrainedConfig, slots: dict[int, int], 
             sinks = 0
         if sinks and gsa.rope:
             distance = max(ring, min(trained_context(source), limit or trained_context(source)) // 8)
-        long = gsa.slots - gsa.ring if gsa.ring else 0
-        return replace(gsa, slots=ring_or_slots + long, ring=ring, sinks=sinks, sink_distance=distance)
+        return replace(gsa, slots=ring_or_slots + gsa.long_slots, ring=ring, sinks=sinks, sink_distance=distance)
 
     default = gsa.ring or gsa.slots
     main, layers = fitted(default, None), {}
