@@ -36,16 +36,22 @@ def test_the_hub_cache_serves_offline(tiny_llama, tmp_path, monkeypatch):
         open_source("org/absent")
 
 
-def test_the_hub_is_asked_for_one_format(tiny_llama, monkeypatch):
+@pytest.mark.parametrize("holds", ["safetensors", "bin"])
+def test_the_hub_is_asked_for_one_format(holds, tiny_llama, tmp_path, monkeypatch):
+    """Pickles only where there is nothing better; never copies of the model in other formats."""
     asked = []
+    if holds == "bin":
+        shutil.copytree(tiny_llama, tmp_path / "model", ignore=shutil.ignore_patterns("model*"))
+        torch.save(dict(open_source(tiny_llama).items()), tmp_path / "model/pytorch_model.bin")
 
     def download(repo, allow_patterns, ignore_patterns):
-        asked.append((repo, allow_patterns[-1]))
-        return tiny_llama
+        assert repo == "org/tiny" and "*.json" in allow_patterns and ignore_patterns == ["*/*", "consolidated*"]
+        asked.append(allow_patterns[-1])
+        return tiny_llama if holds == "safetensors" else tmp_path / "model"
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     open_source("org/tiny")
-    assert asked == [("org/tiny", "*.safetensors")]
+    assert asked == ["*.safetensors", "*.bin"][: 1 + (holds == "bin")]
 
 
 @pytest.fixture

@@ -279,3 +279,14 @@ def test_far_sinks_are_read_at_the_bounded_distance():
     same(near[:, :41], far[:, :41])
     assert (near[:, 41:] - far[:, 41:]).abs().max() > 1e-3
     same(read(model, ids, [0, 30, 55, 56, 100], DynamicCache()), near)
+    same(model(ids, position_ids=t).logits, near)
+    rows = [ids, tokens(1, 70, seed=1), tokens(1, 30, seed=2)]
+    alone = [model(row).logits[0] for row in rows]
+    batch, mask = padded(rows, left=True)
+    same_where(mask, model(batch, attention_mask=mask).logits, alone)
+    packed, bounds = torch.cat(rows, dim=1), torch.tensor([0, 100, 170, 200])
+    positions = torch.cat([torch.arange(row.shape[1]) for row in rows])[None]
+    same(model(packed, position_ids=positions, use_cache=False).logits[0], torch.cat(alone))
+    for options in ({}, {"max_length_q": 100}):
+        logits = model(packed.view(2, 100), cu_seq_lens_q=bounds, use_cache=False, **options).logits
+        same(logits.flatten(0, 1), torch.cat(alone))
