@@ -16,7 +16,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from t2r.evaluate.scoring import Passage, continue_texts, encode, encode_pair, score
+from t2r.evaluate.scoring import Passage, continue_texts, encode, encode_pairs, score
 
 OWN_TASKS = Path(__file__).parents[1] / "recipes" / "tasks"
 SEED = 1234  # lm-eval's own default for the choice of examples
@@ -46,7 +46,7 @@ class Adapter(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
         if add_special_tokens is None:
-            return encode(self.tokenizer, string)
+            return encode(self.tokenizer, [string])[string]
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
     def apply_chat_template(self, chat_history: list[dict], add_generation_prompt: bool = True) -> str:
@@ -58,7 +58,7 @@ class Adapter(TemplateLM):
         )
 
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        pairs = [encode_pair(self.tokenizer, *request.args) for request in requests]
+        pairs = encode_pairs(self.tokenizer, [request.args for request in requests])
         return self.scores([self.cut(*pair) for pair in pairs])
 
     def _loglikelihood_tokens(self, requests, **kwargs) -> list[tuple[float, bool]]:
@@ -80,6 +80,7 @@ class Adapter(TemplateLM):
         groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             groups.setdefault(repr(request.args[1]), []).append(i)
+        tokens = encode(self.tokenizer, [request.args[0] for request in requests])
         texts: dict[int, str] = {}
         for group in groups.values():
             options = dict(normalize_gen_kwargs(requests[group[0]].args[1], 256))
@@ -87,7 +88,7 @@ class Adapter(TemplateLM):
             new = options.pop("max_gen_toks")
             if not options.pop("do_sample"):
                 options = {}
-            prompts = [encode(self.tokenizer, requests[i].args[0])[-(self.max_length - new) :] for i in group]
+            prompts = [tokens[requests[i].args[0]][-(self.max_length - new) :] for i in group]
             sampling = {"do_sample": True, **options} if options else {}
             written = continue_texts(self.model, self.tokenizer, prompts, new, stops, self.batch_size, **sampling)
             texts.update(zip(group, (one.text for one in written), strict=True))

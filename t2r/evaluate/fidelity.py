@@ -15,7 +15,7 @@ from torch import Tensor
 from t2r.evaluate.efficiency import greedy
 from t2r.evaluate.movement import OUTLIER, trained
 from t2r.evaluate.perplexity import SEGMENT, Blocks, in_segments
-from t2r.evaluate.scoring import ROWS
+from t2r.evaluate.scoring import ROWS, batches
 from t2r.evaluate.statistics import Metric, score
 from t2r.evaluate.task import Outcome, Plot
 from t2r.modeling import GSAConfig
@@ -41,7 +41,9 @@ class Fidelity(Blocks):
 
     def run(self, model, items: list[list[int]], original) -> Outcome:
         ids = torch.tensor(items)
-        parts = [compare_predictions(model, original, batch) for batch in ids.split(self.batch_size or 1)]
+        parts: list[tuple[Tensor, Tensor]] = []
+        read = lambda batch: parts.append(compare_predictions(model, original, torch.tensor(batch)))  # noqa: E731
+        batches(items, self.batch_size, model.device, read)
         kl, same = (torch.cat(part).double() for part in zip(*parts, strict=True))
         metrics = []
         for low, high in pairwise(self.edges):

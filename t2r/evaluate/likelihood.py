@@ -6,11 +6,12 @@ Tokenization, choice and normalisation are those of lm-eval's tasks of the same 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 from t2r.errors import UserError, nearest
-from t2r.evaluate.scoring import Passage, encode_pair, score
+from t2r.evaluate.scoring import Passage, encode_pairs, score
 from t2r.evaluate.statistics import mean, perplexity, share
 from t2r.evaluate.task import Outcome, Place, Task, locate, rows, take
 
@@ -29,10 +30,8 @@ class LastWord(Task):
 
     def prepare(self, tokenizer, place: Place) -> list[Passage]:
         path = locate(self.data, place)
-        passages = [
-            encode_pair(tokenizer, take(row, "context", path), " " + take(row, "continuation", path).strip())
-            for row in rows(path)
-        ]
+        pairs = [(take(row, "context", path), " " + take(row, "continuation", path).strip()) for row in rows(path)]
+        passages = encode_pairs(tokenizer, pairs)
         return self.within_budget(passages, lambda passage: len(passage.ids), place)
 
     def run(self, model, items: list[Passage]) -> Outcome:
@@ -102,13 +101,18 @@ class MultipleChoice(Task):
         if self.format not in FORMATS:
             close = nearest(self.format, FORMATS) or ", ".join(FORMATS)
             raise UserError(f"unknown format {self.format!r}", where=f"task {self.name}", nearest=close)
-        path, questions = locate(self.data, place), []
+        path, found = locate(self.data, place), []
         for row in rows(path):
             query, choices, gold = FORMATS[self.format](row, path)
             if not all(isinstance(choice, str) and choice for choice in choices) or not 0 <= gold < len(choices):
                 raise UserError(f"no right answer among the choices {choices!r:.80}", where=path)
-            passages = [encode_pair(tokenizer, query, " " + choice) for choice in choices]
-            questions.append(Question(passages, [len(choice) for choice in choices], gold))
+            found.append((query, choices, gold))
+        pairs = [(query, " " + choice) for query, choices, _ in found for choice in choices]
+        passages = iter(encode_pairs(tokenizer, pairs))
+        questions = [
+            Question(list(islice(passages, len(choices))), [len(choice) for choice in choices], gold)
+            for _, choices, gold in found
+        ]
         return self.within_budget(questions, lambda q: sum(len(choice.ids) for choice in q.choices), place)
 
     def run(self, model, items: list[Question]) -> Outcome:

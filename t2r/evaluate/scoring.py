@@ -1,7 +1,7 @@
 """The one place where texts are scored and continued for a task: right-padded batches, logits only where needed."""
 
-from collections.abc import Callable, Iterator, Sequence
-from itertools import takewhile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice, takewhile
 from typing import NamedTuple
 
 import torch
@@ -39,21 +39,35 @@ def losses(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.cat(parts).view(targets.shape)
 
 
-def encode(tokenizer, text: str) -> list[int]:
-    """The tokens of a text as a model reads it from its start: with BOS where the tokenizer adds it, but not twice."""
-    bos = tokenizer.bos_token
-    return tokenizer.encode(text, add_special_tokens=not (bos and text.startswith(bos)))
+def encode(tokenizer, texts: Iterable[str]) -> dict[str, list[int]]:
+    """Text -> its tokens as a model reads it from its start: with BOS where the tokenizer adds it, but not twice.
+
+    Each distinct text is encoded once, many in one call, which a fast tokenizer spreads over the cores.
+    """
+    found, bos = {}, tokenizer.bos_token
+    groups: dict[bool, list[str]] = {True: [], False: []}
+    for text in dict.fromkeys(texts):
+        groups[not (bos and text.startswith(bos))].append(text)
+    for special, group in groups.items():
+        for at in range(0, len(group), 1024):  # what a tokenizer returns is many times what is kept of it
+            part = group[at : at + 1024]
+            found.update(zip(part, tokenizer(part, add_special_tokens=special)["input_ids"], strict=True))
+    return found
 
 
-def encode_pair(tokenizer, context: str, continuation: str) -> Passage:
-    """Both as one text, split where the context's own tokens end. Spaces between them belong to the continuation."""
-    stripped = context.rstrip()
-    whole = encode(tokenizer, context + continuation)
-    start = len(encode(tokenizer, stripped)) if stripped else 0
-    if start == 0:
-        first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        whole, start = ([first, *whole] if whole[0] != first else whole), 1
-    return Passage(whole, start)
+def encode_pairs(tokenizer, pairs: Sequence[tuple[str, str]]) -> list[Passage]:
+    """Each (context, continuation) as one text, split where the context's own tokens end. Spaces between them belong to
+    the continuation."""
+    contexts = [context.rstrip() for context, _ in pairs]
+    tokens = encode(tokenizer, [*filter(None, contexts), *(context + rest for context, rest in pairs)])
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    passages = []
+    for stripped, (context, rest) in zip(contexts, pairs, strict=True):
+        whole, start = tokens[context + rest], len(tokens[stripped]) if stripped else 0
+        if start == 0:
+            whole, start = ([first, *whole] if whole[0] != first else whole), 1
+        passages.append(Passage(whole, start))
+    return passages
 
 
 class Written(NamedTuple):
@@ -125,19 +139,29 @@ def score_batch(
     model, passages: list[Passage], batch: Sequence[tuple[tuple[int, ...], list[int]]]
 ) -> Iterator[tuple[int, Score]]:
     """(i, score) of passages[i] for each (tokens to read, the passages i that they belong to), the longest first."""
-    width = len(batch[0][0])
-    first = min(passages[i].start for _, own in batch for i in own) - 1  # logits before it predict no continuation
-    ids = torch.zeros(len(batch), width, dtype=torch.long)
+    ids = torch.zeros(len(batch), len(batch[0][0]), dtype=torch.long)
     for row, (read, _) in enumerate(batch):
         ids[row, : len(read)] = torch.tensor(read)
-    logits = model(ids.to(model.device), use_cache=False, logits_to_keep=width - first).logits
-    for row, (_, own) in enumerate(batch):
-        for i in own:
-            tokens, start = passages[i]
-            target = torch.tensor(tokens[start:], device=logits.device)
-            given = logits[row, start - 1 - first : len(tokens) - 1 - first]
-            right = int((given.argmax(-1) == target).sum())
-            yield i, Score(losses(given, target).sum().item(), right == len(target), right)
+    own = [(row, i) for row, (_, own) in enumerate(batch) for i in own]
+    asked = [
+        (row, passages[i].start + n - 1, token) for row, i in own for n, token in enumerate(continuation(passages[i]))
+    ]
+    # the head is as large as the rest of a small model: it runs only where some passage's continuation is predicted
+    places = torch.tensor(sorted({place for _, place, _ in asked}), device=model.device)
+    logits = model(ids.to(model.device), use_cache=False, logits_to_keep=places).logits
+    rows, columns, targets = torch.tensor(asked, device=logits.device).T.contiguous()
+    columns, parts = torch.searchsorted(places, columns), []
+    for row, column, target in zip(rows.split(ROWS), columns.split(ROWS), targets.split(ROWS), strict=True):
+        given = logits[row, column]
+        parts.append(torch.stack([losses(given, target), (given.argmax(-1) == target).float()]))
+    results = iter(torch.cat(parts, dim=1).T.tolist())  # the only wait for the device
+    for _, i in own:
+        loss, right = map(sum, zip(*islice(results, len(continuation(passages[i]))), strict=True))
+        yield i, Score(loss, right == len(continuation(passages[i])), int(right))
+
+
+def continuation(passage: Passage) -> list[int]:
+    return passage.ids[passage.start :]
 
 
 @torch.inference_mode()

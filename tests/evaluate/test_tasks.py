@@ -14,7 +14,7 @@ from t2r.evaluate.efficiency import cache_bytes, greedy, state_bytes
 from t2r.evaluate.likelihood import LastWord, MultipleChoice
 from t2r.evaluate.perplexity import Perplexity, token_nll
 from t2r.evaluate.recall import FACT, Recall
-from t2r.evaluate.scoring import Passage, batches, encode_pair, score
+from t2r.evaluate.scoring import Passage, batches, encode_pairs, score
 from t2r.evaluate.task import OWN_DATA, Place, rows
 from t2r.evaluate.throughput import Throughput
 
@@ -84,13 +84,13 @@ def test_scores_depend_neither_on_the_batch_nor_on_its_padding(model, batch_size
 
 
 def test_a_pair_is_split_where_the_contexts_own_tokens_end(tokenizer, byte_tokenizer):
-    ids, start = encode_pair(tokenizer, "ab  ", "cd")
+    ((ids, start),) = encode_pairs(tokenizer, [("ab  ", "cd")])
     assert tokenizer.decode(ids) == "ab  cd" and start == 2  # the spaces belong to the continuation
     with_bos = byte_tokenizer(bos=True)
-    ids, start = encode_pair(with_bos, "ab", " cd")
+    ((ids, start),) = encode_pairs(with_bos, [("ab", " cd")])
     assert ids[0] == 0 and start == 3
     for tokens in (tokenizer, with_bos):  # no context: the continuation follows what begins a text
-        ids, start = encode_pair(tokens, "", "cd")
+        ((ids, start),) = encode_pairs(tokens, [("", "cd")])
         assert ids == [0, *tokenizer.encode("cd")] and start == 1
 
 

@@ -1,0 +1,50 @@
+"""Recipes on five models: the original, the paper start, the exact start with 64 and 128 slots, and a hybrid.
+
+python docs/results/recipes.py TEACHER OUT [RECIPE ...] [--minutes 9] [--data DIR --dtype bfloat16 ...]
+
+TEACHER: folder, GGUF file or package:NAME. Writes OUT/RECIPE, by default for commonsense, recall, long and mmlu: a few
+megabytes of text and plots. The converted models go to --models. With --minutes the run ends by then, what it has
+finished is kept, and the same command goes on from there, until its exit code is 0. All else is for `t2r compare`.
+"""
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+
+from t2r.cli import main
+from t2r.convert.source import open_source
+
+
+def run() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("teacher")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("recipes", nargs="*", default=["commonsense", "recall", "long", "mmlu"])
+    parser.add_argument("--models", type=Path, default=Path("runs/recipes-models"))
+    parser.add_argument("--minutes", type=float, default=0)
+    arguments, options = parser.parse_known_args()
+    signal.signal(signal.SIGALRM, signal.default_int_handler)  # as if by Ctrl-C
+    signal.setitimer(signal.ITIMER_REAL, 60 * arguments.minutes)
+    layers = open_source(arguments.teacher).config.num_hidden_layers
+    every_third = ",".join(map(str, range((layers - 1) % 3, layers, 3)))
+    models = [f"original={arguments.teacher}"]
+    for name, how in {
+        "paper": ["--preset", "paper"],
+        "exact-64": ["--slots", "64"],
+        "exact-128": ["--slots", "128"],
+        "hybrid": ["--slots", "64", "--keep-softmax", every_third],
+    }.items():
+        folder = arguments.models / name
+        if not folder.exists() and (code := main(["convert", arguments.teacher, str(folder), "--no-verify", *how])):
+            return code
+        models.append(f"{name}={folder}")
+    for recipe in arguments.recipes:
+        out = arguments.out / recipe
+        if not out.exists() and (code := main(["compare", *models, "--recipe", recipe, "--out", str(out), *options])):
+            return code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run())
