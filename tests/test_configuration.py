@@ -5,7 +5,14 @@ import copy
 import pytest
 import torch
 from model_cases import SIZES, SLOTS, STUDENTS, same, student_model, tokens
-from transformers import AutoModelForCausalLM, DynamicCache, Gemma3TextConfig, MistralConfig, MistralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    Gemma3TextConfig,
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+)
 
 from t2r.errors import UserError
 from t2r.modeling.cache import SlotCacheLayer
@@ -43,6 +50,9 @@ def test_slots_fit_each_layer():
     assert (more.slots, more.ring, more.sinks, more.sink_distance) == (108, 100, 4, 1024)
     assert gsa.layer(3) is None and GSAConfig(**gsa.to_dict()) == gsa
     assert fit_layers(preset("exact"), config, {}, []).layer(1).sink_distance == 64
+    longrope = {"rope_type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48, "rope_theta": 1e4}
+    phi = Phi3Config(rope_parameters=longrope, max_position_embeddings=131072, original_max_position_embeddings=4096)
+    assert fit_layers(preset("exact"), phi, {}, []).sink_distance == 4096 // 8
     assert fit_layers(preset("paper"), config, {1: 32}, []).layer(1).slots == 32
     with pytest.raises(UserError, match="layer 3 keeps softmax"):
         fit_layers(preset("exact"), config, {3: 8}, [3])

@@ -113,6 +113,22 @@ def test_presets_and_dtypes(tiny_llama, tmp_path, preset, dtype):
     assert GSAConfig.of(model.config).slots == 32
 
 
+def test_rounding_is_no_fault(tiny_llama, tmp_path):
+    """float32 written as bfloat16: the result is held against the rounded source, whole or by layer."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(tmp_path / "source")
+    for file in tiny_llama.glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "source")
+    convert(str(tmp_path / "source"), str(tmp_path / "out"), slots=32, dtype="bfloat16", verify=False)
+    for by_layer in (False, True):
+        report = verify(tmp_path / "out", str(tmp_path / "source"), by_layer=by_layer)
+        assert report.passed, report
+        moved = [check.value for check in report.checks if "rounding" in check.name]
+        assert by_layer or moved[0] > 1e-3  # ten times what softmax put back may differ
+
+
 def test_layers_of_the_paper_start_draw_gates_of_their_own(tiny_llama):
     plan = make_plan(open_source(tiny_llama), "paper", None, None, None)
     first, second = (plan.new_tensors[f"model.layers.{i}.self_attn.f_proj.weight"] for i in (0, 1))
@@ -159,6 +175,14 @@ def test_a_conversion_that_does_not_verify_leaves_nothing(tiny_llama, tmp_path, 
     with pytest.raises(UserError, match="does not equal its source"):
         convert(str(tiny_llama), str(tmp_path / "out"))
     assert not list(tmp_path.iterdir())
+
+
+def test_what_memory_cannot_verify_is_said_not_to_be(tiny_llama, tmp_path, monkeypatch, capsys):
+    plan = make_plan(open_source(tiny_llama), "exact", None, None, None)
+    monkeypatch.setattr(writer, "available_ram", lambda: plan.verify_ram_bytes - 1)
+    convert(str(tiny_llama), str(tmp_path / "out"))
+    assert "\nnot verified: that takes 0.6 GB of memory" in capsys.readouterr().out
+    assert "It was not verified." in (tmp_path / "out/README.md").read_text()
 
 
 def test_dry_run_writes_nothing(tiny_llama, tmp_path, capsys):

@@ -128,9 +128,16 @@ def test_what_slots_cannot_equal_is_refused_with_the_reason(name):
         family_of(name)
 
 
-def test_options_that_slots_cannot_equal_are_refused(tiny_llama, tmp_path):
-    save_source("gemma3_text", tmp_path / "source", tiny_llama, attn_logit_softcapping=50.0)
-    with pytest.raises(UserError, match="attn_logit_softcapping: it caps attention logits"):
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping: it caps attention logits"),
+        ({"use_bidirectional_attention": True}, "a model that attends to later tokens too"),
+    ],
+)
+def test_options_that_slots_cannot_equal_are_refused(option, message, tiny_llama, tmp_path):
+    save_source("gemma3_text", tmp_path / "source", tiny_llama, **option)
+    with pytest.raises(UserError, match=message):
         convert(str(tmp_path / "source"), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 

@@ -47,6 +47,10 @@ def test_one_file_reads_back_equal(tmp_path):
     assert loaded.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
         assert loaded[name].dtype == tensor.dtype and torch.equal(loaded[name], tensor), name
+    raw = (tmp_path / "out/model.safetensors").read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    assert all((8 + size + header[name]["data_offsets"][0]) % TENSORS[name].itemsize == 0 for name in TENSORS)
 
 
 def test_shards_hold_the_plan_in_any_order_of_adding(tmp_path):
