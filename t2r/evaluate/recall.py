@@ -11,7 +11,7 @@ from typing import ClassVar, NamedTuple
 import torch
 
 from t2r.errors import UserError
-from t2r.evaluate.perplexity import losses
+from t2r.evaluate.scoring import losses
 from t2r.evaluate.statistics import share
 from t2r.evaluate.task import Outcome, Place, Plot, Task, locate, rows, take
 

@@ -131,10 +131,7 @@ def cell(metric: Metric | None) -> str:
         return human_bytes(metric.value)
     if metric.unit == "share":
         return f"{100 * metric.value:.1f} % [{100 * metric.low:.0f}, {100 * metric.high:.0f}]"
-    if metric.unit == "ppl":
-        value = number(metric.value)
-        return value if metric.stderr is None else f"{value} +- {number(metric.stderr)}"
-    if metric.unit == "score":
+    if metric.unit in ("ppl", "score"):
         value = number(metric.value)
         return value if metric.stderr is None else f"{value} +- {number(metric.stderr)}"
     return f"{number(metric.value)} {metric.unit}"

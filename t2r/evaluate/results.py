@@ -30,6 +30,7 @@ class Results:
         self.tasks = tasks
         self.models: dict[str, dict] = {}
         self.outcomes: dict[str, dict[str, Outcome]] = {task.name: {} for task in tasks}
+        self.compared: dict[str, list[tuple[str, str, dict]]] = {}
 
     def metrics(self, task: Task) -> Iterator[tuple[str, dict[str, Metric]]]:
         """(name, metric by label) of each number of a task."""
@@ -41,13 +42,17 @@ class Results:
         """Whether there is something to plot."""
         return task.plot is not None and any(m.x is not None for _, row in self.metrics(task) for m in row.values())
 
-    def changes(self, task: Task) -> Iterator[tuple[str, str, dict]]:
+    def changes(self, task: Task) -> list[tuple[str, str, dict]]:
         """(metric, label, change against the original) of what was measured on the same items."""
-        original = next(iter(self.models))
-        for name, row in self.metrics(task):
-            for label, metric in row.items():
-                if label != original and original in row and (change := paired(row[original], metric)):
-                    yield name, label, change
+        if task.name not in self.compared:  # a bootstrap of each, which every form of the report shows
+            original = next(iter(self.models))
+            self.compared[task.name] = [
+                (name, label, change)
+                for name, row in self.metrics(task)
+                for label, metric in row.items()
+                if label != original and original in row and (change := paired(row[original], metric))
+            ]
+        return self.compared[task.name]
 
     def recoveries(self) -> dict[str, dict[str, dict]]:
         """task -> label -> `statistics.recovery` of the task's first metric; "mean" -> label -> their mean."""

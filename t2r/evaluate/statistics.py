@@ -89,8 +89,11 @@ def mcnemar(first: Sequence[float], second: Sequence[float]) -> float:
     """Exact two-sided p of McNemar's test that two models are right equally often, from 0/1 on the same items."""
     gained = sum(b > a for a, b in zip(first, second, strict=True))
     lost = sum(b < a for a, b in zip(first, second, strict=True))
-    n = gained + lost
-    return min(1.0, 2 * sum(math.comb(n, k) for k in range(min(gained, lost) + 1)) / 2**n)
+    n, ways, total = gained + lost, 1, 0
+    for k in range(min(gained, lost) + 1):
+        total += ways
+        ways = ways * (n - k) // (k + 1)  # n over k + 1
+    return min(1.0, 2 * total / 2**n)
 
 
 def paired(original: Metric, other: Metric) -> dict | None:
