@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from t2r.config import load
 from t2r.convert import convert
 from t2r.errors import UserError
-from t2r.schema import RunConfig
+from t2r.schema import DeepSpeedConfig, RunConfig
 from t2r.train import finetune
 from t2r.train.parameters import group_of
-from t2r.train.sharding import Group
+from t2r.train.sharding import Group, join_group
 from t2r.train.stages import STAGES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,8 +81,16 @@ def test_two_processes_and_every_zero_stage_give_the_losses_of_one(straight, sta
         shutil.copytree(alone, again, ignore=shutil.ignore_patterns("step-000004", "model"), symlinks=True)
     script = tmp_path / "three.py"
     script.write_text(f"""
+import os
+from transformers import AutoModelForCausalLM
 from t2r.train.finetune import finetune
+
+def refuse(*args, **options):
+    raise AssertionError("a process reads weights that it gets from the first")
+
 for zero, words in {options}.items():
+    if zero == 3 and os.environ["RANK"] == "1":
+        AutoModelForCausalLM.from_pretrained = refuse
     finetune({str(stages)!r}, [f"deepspeed.zero={{zero}}", *words], {str(start)!r}, f"{tmp_path}/zero{{zero}}")
     finetune({str(stages)!r}, {half} + [f"deepspeed.zero={{zero}}"], {str(start)!r}, f"{tmp_path}/again{{zero}}")
 """)
@@ -160,6 +169,21 @@ def test_a_stage_without_a_teacher_does_not_keep_that_of_the_stage_before(stages
     monkeypatch.setattr(finetune, "train", train)
     finetune.finetune(str(stages), model=str(start), out=str(tmp_path / "run"))
     assert teachers[0] == teachers[1] and teachers[2] is None
+
+
+@pytest.mark.parametrize("place", ["sharded", "cpu"])
+def test_a_teacher_in_parts_answers_as_the_whole_one_and_leaves_torch_as_it_was(tiny_llama, place, monkeypatch):
+    group, linear = join_group("cpu"), torch._C._nn.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)  # an earlier test may have had it replaced
+    settings = RunConfig(str(tiny_llama))
+    whole = finetune.load_teacher(settings, group, torch.float32)
+    split = replace(settings, deepspeed=DeepSpeedConfig(teacher=place))
+    parts = finetune.load_teacher(split, group, torch.float32)
+    assert not any(p.numel() for p in parts.parameters()) and not any(p.requires_grad for p in parts.parameters())
+    ids = torch.randint(3, 250, (2, 30))
+    with torch.no_grad():
+        assert torch.equal(parts(ids).logits, whole(ids).logits)
+    assert torch.nn.functional.linear is linear
 
 
 @pytest.mark.parametrize("zero, dtype", [(0, "float32"), (1, "float32"), (1, "bfloat16")])

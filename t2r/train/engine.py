@@ -6,6 +6,7 @@ nothing had happened.
 
 import signal
 from collections.abc import Iterator
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -29,9 +30,16 @@ from t2r.train.checkpoint import (
 from t2r.train.cost import hardware_of, training_flops
 from t2r.train.log import Log
 from t2r.train.losses import check_liger
-from t2r.train.parameters import add_adapters, parameter_groups, set_learning_rates, train_offsets
+from t2r.train.parameters import (
+    BIASES,
+    add_adapters,
+    parameter_groups,
+    set_learning_rates,
+    stored,
+    train_offsets,
+)
 from t2r.train.plot import plot
-from t2r.train.sharding import Group, from_a_peer, initialize, zero_stage
+from t2r.train.sharding import Group, from_a_peer, initialize, without_weights, zero_stage
 from t2r.train.stages import STAGES, Stage
 from t2r.train.validation import validate
 
@@ -77,16 +85,23 @@ def recompute_layers(student) -> None:
     enable({"use_reentrant": False})
 
 
-def load_student(folder: Path, stage: StageConfig):
-    """The model in `folder`, in float32, made ready for what the stage trains."""
+def load_student(folder: Path, stage: StageConfig, split: bool = False):
+    """The model in `folder`, in float32, made ready for what the stage trains. split: without its weights, which are
+    left to `partition`."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     for name in vars(config):  # no randomness: a resumed run computes what an uninterrupted one would have
         if "dropout" in name or name.endswith("pdrop"):
             setattr(config, name, 0.0)
-    options = {"config": config, "dtype": torch.float32, "local_files_only": True}
-    student = AutoModelForCausalLM.from_pretrained(folder, **options).train()
+    if split:
+        student, source = without_weights(config).train(), open_source(folder)
+        for name, parameter in student.named_parameters():
+            if name.endswith(BIASES):  # offsets begin from these
+                parameter.data.copy_(source.tensor(name))
+    else:
+        options = {"config": config, "dtype": torch.float32, "local_files_only": True}
+        student = AutoModelForCausalLM.from_pretrained(folder, **options).train()
     if stage.activation_checkpointing:
         recompute_layers(student)
     train_offsets(student)
@@ -118,7 +133,7 @@ def train(
     if newest and step_of(newest) >= stage.steps:
         return newest
     source, zero = open_source(student_folder), zero_stage(config.deepspeed)
-    student = load_student(student_folder, stage)
+    student = load_student(student_folder, stage, split=zero == 3)
     groups = parameter_groups(student, stage)
     if stage.loss.backend == "liger" and stage.kind != "align":
         check_liger(student, group.device.type)
@@ -129,7 +144,8 @@ def train(
     flops = training_flops(student, stage)
     universal = newest is not None and of_other_world(newest, group)
     step = Step(STAGES[stage.kind](stage), student, teacher)
-    engine = initialize(step, groups, config.deepspeed, stage, group, universal)
+    read = partial(stored, source) if zero == 3 else None
+    engine = initialize(step, groups, config.deepspeed, stage, group, universal, read)
     start = resume(engine, newest, source, group) if newest else 0
     log = Log(out, stage, start, flops, peak_flops(group), config.log) if group.rank == 0 else None
 

@@ -31,6 +31,7 @@ from t2r.train.sharding import (
     join_group,
     require_deepspeed,
     shard_teacher,
+    without_weights,
     zero_stage,
 )
 from t2r.train.stages import STAGES
@@ -180,11 +181,14 @@ def teacher_source(source: str) -> Source:
 def load_teacher(settings: RunConfig, group: Group, dtype: torch.dtype) -> torch.nn.Module:
     """The source itself, frozen, whole or sharded. Its weights are cast, its buffers are not: rotary frequencies need
     float32."""
-    teacher = load_source(teacher_source(settings.source)).requires_grad_(False).eval()
+    source, whole = teacher_source(settings.source), settings.deepspeed.teacher == "whole"
+    # of what is sharded the others get their part from the first; what a GGUF file becomes only its reading tells
+    read = whole or group.rank == 0 or source.is_quantised
+    teacher = (load_source(source) if read else without_weights(source.config)).requires_grad_(False).eval()
+    if not whole:
+        return shard_teacher(teacher, settings.deepspeed, dtype, group)
     for parameter in teacher.parameters():
         parameter.data = parameter.data.to(dtype)
-    if settings.deepspeed.teacher != "whole":
-        return shard_teacher(teacher, settings.deepspeed, dtype, group)
     return teacher.to(group.device)
 
 

@@ -6,13 +6,14 @@ import io
 import json
 import os
 import warnings
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from t2r.errors import UserError
 from t2r.schema import DeepSpeedConfig, StageConfig
@@ -156,10 +157,48 @@ def engine_config(
     return settings
 
 
+def without_weights(config):
+    """A causal LM in float32 whose weights nobody has written: the memory allocated for them is never touched."""
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.tie_weights()
+    return model
+
+
+def partition(
+    module: nn.Module, settings: dict, dtype: torch.dtype, group: Group, read: Callable[[str], Tensor | None]
+) -> None:
+    """Split a module's parameters over the processes (ZeRO 3) one by one, so that none ever holds more than its share
+    and the one at hand. read(name): the value, None where the parameter has it. Only the first process reads, the
+    others get what it has."""
+    zero = require_deepspeed(group.device.type).zero
+    done: list[nn.Parameter] = []
+    for name, parameter in module.named_parameters():
+        value = read(name) if group.rank == 0 else torch.empty(parameter.shape, dtype=dtype)
+        parameter.data = (parameter.data if value is None else value).to(dtype)
+        if done:
+            done[0].convert_to_zero_parameters(param_list=[parameter])
+        else:
+            zero.Init(module=nn.ParameterList([parameter]), config_dict_or_path=settings, dtype=dtype)
+        done.append(parameter)
+    for buffer in module.buffers():  # DeepSpeed moves the buffers of other modules only
+        buffer.data = buffer.data.to(group.device)
+
+
 def initialize(
-    module: nn.Module, groups: list[dict], config: DeepSpeedConfig, stage: StageConfig, group: Group, universal: bool
+    module: nn.Module,
+    groups: list[dict],
+    config: DeepSpeedConfig,
+    stage: StageConfig,
+    group: Group,
+    universal: bool,
+    read: Callable[[str], Tensor | None] | None = None,
 ):
-    """The engine that trains `groups` of parameters of `module`. universal: it is to load a state in that form."""
+    """The engine that trains `groups` of parameters of `module`. universal: it is to load a state in that form. read:
+    for `partition`, None: the parameters are there."""
     trained = sum(p.numel() for g in groups for p in g["params"])
     dtype, zero = compute_dtype(stage, group.device.type), zero_stage(config)
     settings = engine_config(config, stage, dtype, group.world, trained)
@@ -169,20 +208,24 @@ def initialize(
     # bfloat16 optimizers print their memory use, group by group, and collect garbage first: of what is frozen, none
     gc.freeze()
     with redirect_stdout(io.StringIO()):
+        if read:
+            partition(module, settings, dtype, group, read)
         engine, *_ = require_deepspeed(group.device.type).initialize(model=module, optimizer=optimizer, config=settings)
     gc.unfreeze()
     return engine
 
 
 def shard_teacher(teacher: nn.Module, config: DeepSpeedConfig, dtype: torch.dtype, group: Group) -> nn.Module:
-    """The frozen teacher with its weights spread over the processes (ZeRO 3), or kept on the CPU and fetched layer by
-    layer. The returned module is used as before."""
-    zero: dict = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    """The frozen teacher with its weights, which the first process has, spread over all (ZeRO 3), or kept on the CPU
+    and fetched layer by layer. The returned module is used as before."""
+    # DeepSpeed would put a linear function of its own, made for gradients, in the place of torch's, for everybody
+    zero: dict = {"stage": 3, "stage3_param_persistence_threshold": 0, "memory_efficient_linear": False}
     if config.teacher == "cpu":
         zero["offload_param"] = {"device": "cpu", "pin_memory": group.device.type == "cuda"}
     settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
     if dtype == torch.bfloat16:
         settings["bf16"] = {"enabled": True}
     with redirect_stdout(io.StringIO()):
+        partition(teacher, settings, dtype, group, lambda name: None)
         require_deepspeed(group.device.type).initialize(model=teacher, config=settings)
     return teacher
