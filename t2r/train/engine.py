@@ -6,7 +6,6 @@ nothing had happened.
 
 import signal
 from collections.abc import Iterator
-from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -35,7 +34,6 @@ from t2r.train.parameters import (
     add_adapters,
     parameter_groups,
     set_learning_rates,
-    stored,
     train_offsets,
 )
 from t2r.train.plot import plot
@@ -85,23 +83,23 @@ def recompute_layers(student) -> None:
     enable({"use_reentrant": False})
 
 
-def load_student(folder: Path, stage: StageConfig, split: bool = False):
-    """The model in `folder`, in float32, made ready for what the stage trains. split: without its weights, which are
-    left to `partition`."""
+def load_student(folder: Path, stage: StageConfig, read: bool = True):
+    """The model in `folder`, in float32, made ready for what the stage trains. read: its weights; else `partition` has
+    to bring them."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     for name in vars(config):  # no randomness: a resumed run computes what an uninterrupted one would have
         if "dropout" in name or name.endswith("pdrop"):
             setattr(config, name, 0.0)
-    if split:
+    if read:
+        options = {"config": config, "dtype": torch.float32, "local_files_only": True}
+        student = AutoModelForCausalLM.from_pretrained(folder, **options).train()
+    else:
         student, source = without_weights(config).train(), open_source(folder)
         for name, parameter in student.named_parameters():
             if name.endswith(BIASES):  # offsets begin from these
                 parameter.data.copy_(source.tensor(name))
-    else:
-        options = {"config": config, "dtype": torch.float32, "local_files_only": True}
-        student = AutoModelForCausalLM.from_pretrained(folder, **options).train()
     if stage.activation_checkpointing:
         recompute_layers(student)
     train_offsets(student)
@@ -133,7 +131,7 @@ def train(
     if newest and step_of(newest) >= stage.steps:
         return newest
     source, zero = open_source(student_folder), zero_stage(config.deepspeed)
-    student = load_student(student_folder, stage, split=zero == 3)
+    student = load_student(student_folder, stage, read=zero != 3 or group.rank == 0)
     groups = parameter_groups(student, stage)
     if stage.loss.backend == "liger" and stage.kind != "align":
         check_liger(student, group.device.type)
@@ -144,8 +142,7 @@ def train(
     flops = training_flops(student, stage)
     universal = newest is not None and of_other_world(newest, group)
     step = Step(STAGES[stage.kind](stage), student, teacher)
-    read = partial(stored, source) if zero == 3 else None
-    engine = initialize(step, groups, config.deepspeed, stage, group, universal, read)
+    engine = initialize(step, groups, config.deepspeed, stage, group, universal)
     start = resume(engine, newest, source, group) if newest else 0
     log = Log(out, stage, start, flops, peak_flops(group), config.log) if group.rank == 0 else None
 

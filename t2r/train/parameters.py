@@ -133,13 +133,6 @@ def full_tensors(parameters: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str
         yield name, full.detach().float().view(getattr(parameter, "ds_shape", parameter.shape)).cpu()
 
 
-def stored(source: Source, name: str) -> Tensor | None:
-    """The value that a parameter of the engine's module begins with, from the model's files. None for adapters and
-    offsets, which have it."""
-    name = name.removeprefix("student.")
-    return None if LORA in name or ".parametrizations." in name else source.tensor(plain_name(name))
-
-
 def saved_tensors(student: nn.Module, source: Source | None = None) -> Iterator[tuple[str, Tensor]]:
     """(name in the checkpoint's files, float32 tensor) of all that is trained; adapters are added to their weight.
 

@@ -6,14 +6,13 @@ import io
 import json
 import os
 import warnings
-from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from t2r.errors import UserError
 from t2r.schema import DeepSpeedConfig, StageConfig
@@ -168,37 +167,28 @@ def without_weights(config):
     return model
 
 
-def partition(
-    module: nn.Module, settings: dict, dtype: torch.dtype, group: Group, read: Callable[[str], Tensor | None]
-) -> None:
-    """Split a module's parameters over the processes (ZeRO 3) one by one, so that none ever holds more than its share
-    and the one at hand. read(name): the value, None where the parameter has it. Only the first process reads, the
-    others get what it has."""
+def partition(module: nn.Module, settings: dict, dtype: torch.dtype, group: Group) -> None:
+    """Split the first process's parameters over all (ZeRO 3), one by one: no device, and no other process, ever holds
+    more than its share and the one at hand."""
     zero = require_deepspeed(group.device.type).zero
-    done: list[nn.Parameter] = []
-    for name, parameter in module.named_parameters():
-        value = read(name) if group.rank == 0 else torch.empty(parameter.shape, dtype=dtype)
-        parameter.data = (parameter.data if value is None else value).to(dtype)
-        if done:
-            done[0].convert_to_zero_parameters(param_list=[parameter])
-        else:
+    first = None
+    for parameter in module.parameters():
+        # what the others have is not even read: its memory would have to be there then
+        parameter.data = torch.empty(parameter.shape, dtype=dtype) if group.rank else parameter.data.to(dtype)
+        if first is None:
+            first = parameter
             zero.Init(module=nn.ParameterList([parameter]), config_dict_or_path=settings, dtype=dtype)
-        done.append(parameter)
+        else:
+            first.convert_to_zero_parameters(param_list=[parameter])
     for buffer in module.buffers():  # DeepSpeed moves the buffers of other modules only
         buffer.data = buffer.data.to(group.device)
 
 
 def initialize(
-    module: nn.Module,
-    groups: list[dict],
-    config: DeepSpeedConfig,
-    stage: StageConfig,
-    group: Group,
-    universal: bool,
-    read: Callable[[str], Tensor | None] | None = None,
+    module: nn.Module, groups: list[dict], config: DeepSpeedConfig, stage: StageConfig, group: Group, universal: bool
 ):
-    """The engine that trains `groups` of parameters of `module`. universal: it is to load a state in that form. read:
-    for `partition`, None: the parameters are there."""
+    """The engine that trains `groups` of parameters of `module`. universal: it is to load a state in that form. Under
+    ZeRO 3 the parameters' values are the first process's."""
     trained = sum(p.numel() for g in groups for p in g["params"])
     dtype, zero = compute_dtype(stage, group.device.type), zero_stage(config)
     settings = engine_config(config, stage, dtype, group.world, trained)
@@ -208,8 +198,8 @@ def initialize(
     # bfloat16 optimizers print their memory use, group by group, and collect garbage first: of what is frozen, none
     gc.freeze()
     with redirect_stdout(io.StringIO()):
-        if read:
-            partition(module, settings, dtype, group, read)
+        if zero == 3:
+            partition(module, settings, dtype, group)
         engine, *_ = require_deepspeed(group.device.type).initialize(model=module, optimizer=optimizer, config=settings)
     gc.unfreeze()
     return engine
@@ -226,6 +216,6 @@ def shard_teacher(teacher: nn.Module, config: DeepSpeedConfig, dtype: torch.dtyp
     if dtype == torch.bfloat16:
         settings["bf16"] = {"enabled": True}
     with redirect_stdout(io.StringIO()):
-        partition(teacher, settings, dtype, group, lambda name: None)
+        partition(teacher, settings, dtype, group)
         require_deepspeed(group.device.type).initialize(model=teacher, config=settings)
     return teacher
