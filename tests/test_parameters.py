@@ -11,6 +11,7 @@ from t2r.errors import UserError
 from t2r.schema import LearningRates, LoRAConfig
 from t2r.train.parameters import (
     add_adapters,
+    check_saved,
     learning_rate,
     parameter_groups,
     plain_name,
@@ -81,6 +82,22 @@ def test_adapters_start_as_nothing_and_are_saved_as_part_of_their_weight(monkeyp
     assert not torch.allclose(changed, plain, atol=1e-2)
     with pytest.raises(UserError, match="lora.targets 'q_prj' is no linear layer; nearest valid: q_proj"):
         add_adapters(student_model(), LoRAConfig(targets=["q_prj"]))
+
+
+def test_what_no_tensor_of_the_files_is_cannot_be_trained(tmp_path):
+    """As transformers' mixtral, which has all experts of a layer in one parameter."""
+    student = student_model()
+    names = [name for name, _ in student.named_parameters() if name != "model.layers.1.mlp.up_proj.weight"]
+    source = SimpleNamespace(names=lambda: names, path=tmp_path)
+    parameter_groups(student, replace(STAGE, lr=LearningRates(1e-3, 1e-3, 1e-3, named={"*.mlp.*": 0.0})))
+    check_saved(student, source)
+    parameter_groups(student, STAGE)
+    with pytest.raises(UserError, match="layers.1.mlp.up_proj.weight cannot be trained.*lr.named: .*mlp"):
+        check_saved(student, source)
+    train_offsets(student)
+    add_adapters(student, lora := LoRAConfig(targets=["q_proj"]))
+    parameter_groups(student, replace(STAGE, lora=lora))
+    check_saved(student, source)
 
 
 def test_schedules():

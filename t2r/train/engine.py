@@ -32,6 +32,7 @@ from t2r.train.losses import check_liger
 from t2r.train.parameters import (
     BIASES,
     add_adapters,
+    check_saved,
     parameter_groups,
     set_learning_rates,
     train_offsets,
@@ -133,6 +134,7 @@ def train(
     source, zero = open_source(student_folder), zero_stage(config.deepspeed)
     student = load_student(student_folder, stage, read=zero != 3 or group.rank == 0)
     groups = parameter_groups(student, stage)
+    check_saved(student, source)
     if stage.loss.backend == "liger" and stage.kind != "align":
         check_liger(student, group.device.type)
     if group.rank == 0:

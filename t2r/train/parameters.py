@@ -133,6 +133,18 @@ def full_tensors(parameters: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str
         yield name, full.detach().float().view(getattr(parameter, "ds_shape", parameter.shape)).cpu()
 
 
+def check_saved(student: nn.Module, source: Source) -> None:
+    """Raise UserError for a parameter in training that no tensor of the model's files is: transformers keeps experts
+    in other pieces than the files, and under other names."""
+    known = set(source.names())
+    for name, parameter in student.named_parameters():
+        owner, adapter, _ = name.partition(LORA)
+        saved = f"{owner}.weight" if adapter else plain_name(name)
+        if parameter.requires_grad and saved not in known:
+            what = f"{saved} cannot be trained: the files hold it under other names"
+            raise UserError(what, where=source.path, nearest='lr.named: {"*.mlp.*": 0}')
+
+
 def saved_tensors(student: nn.Module, source: Source | None = None) -> Iterator[tuple[str, Tensor]]:
     """(name in the checkpoint's files, float32 tensor) of all that is trained; adapters are added to their weight.
 
