@@ -241,7 +241,7 @@ def test_what_the_kernels_do_not_take_is_named(change, reason):
 
 SMALL_FUNCTIONS = """
 import torch, triton, triton.language as tl
-from t2r.kernels.gsa.tile import expm1, log, log1p, sigmoid
+from t2r.kernels.gsa.functions import expm1, log, log1p, sigmoid
 
 @triton.jit
 def kernel(x, y, N: tl.constexpr, which: tl.constexpr):

@@ -8,7 +8,9 @@ Shape legend: spec.py; N sequences, GP = G rounded up to a power of two.
 import triton
 import triton.language as tl
 
-from .tile import expm1, inverse_and_log, load_gates, read
+from .functions import expm1
+from .gates import inverse_and_log, load_gates
+from .tile import read
 
 
 @triton.jit
@@ -28,7 +30,9 @@ def step_kernel(
         position = tl.load(positions + n + tl.arange(0, 1)).to(tl.int32)
     else:
         position = tl.zeros([1], tl.int32)
-    log_alpha, weight, _x = load_gates(gate, s, write, keep, position, n, 1, h, H, rate, FORM, RING, SINKS, HAS_S, 1, M)
+    log_alpha, weight, _x = load_gates(
+        gate, s, write, keep, position, n, 1, h, H, rate, m, FORM, RING, SINKS, HAS_S, 1, M
+    )
     forget = tl.reshape(-expm1(log_alpha), [M])
     weight = tl.reshape(weight, [M])
     real = tl.max(position, axis=0) >= 0

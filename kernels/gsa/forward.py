@@ -1,12 +1,13 @@
 """Triton forward: what each chunk adds to the memory, the scan over chunks, the output of each chunk.
 
-    written_kernel   the gates of a chunk, what it adds to the memory, its total decay      one program a chunk and head
-    scan_kernel      memory before every chunk, in place of the gains; final memory         elementwise over chunks
-    output_kernel    logits, softmax over slots, output                                     one program a chunk and tile
+    gates_kernel     (gates.py) decays and write weights                          a program a chunk, head and some slots
+    written_kernel   what a chunk adds to the memory                              a program a chunk and head
+    scan_kernel      memory before every chunk, in place of the gains; the final  elementwise over chunks
+    output_kernel    logits, softmax over slots, output                           a program a chunk, head and tile
 
 The memory of a chunk is a [D+E,M] matrix in the inputs' type (float32 for float16): features in rows, so that every
-product takes a loaded tile transposed and never a computed one. The gates of a chunk are L (cumulative log decay), its
-class labels and the write weights w, chunk by chunk as the other kernels read them.
+product takes a loaded tile transposed. It is kept decayed by the chunk's first token, whose class then has one `row` for
+the memory and for the tokens. The gates are tiles of scratch, which every kernel loads in the layout it needs.
 
 Shape legend: spec.py, tile.py; n = chunks.
 """
@@ -16,68 +17,37 @@ import triton.language as tl
 
 from .tile import (
     add_state,
-    add_tile,
     chunk_span,
-    classify,
-    expm1,
-    inverse_and_log,
-    load_gates,
-    load_positions,
+    load_classes,
     load_rows,
     load_state,
     load_tile,
-    meet,
+    load_tile_rows,
     read,
+    reads,
     real_rows,
     row_mask,
-    slot_occupancy,
-    spread,
     store_rows,
-    time_sum,
-    to_rows,
+    up_to_own,
+    weights,
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "chunks_per_row"])
 def written_kernel(
-    k, v, gate, s, write, keep, positions, table, states, decay, occupancy, L, label, anchors, w, last,
-    T, chunks_per_row, H, rate, k_b, k_t, k_h, v_b, v_t, v_h,
-    PACKED: tl.constexpr, FORM: tl.constexpr, RING: tl.constexpr, SINKS: tl.constexpr, OCCUPANCY: tl.constexpr,
-    HAS_S: tl.constexpr, HAS_POSITIONS: tl.constexpr, PRECISION: tl.constexpr,
-    D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
+    k, v, table, states, w, suffix, T, chunks_per_row, H, k_b, k_t, k_h, v_b, v_t, v_h,
+    PACKED: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr,
+    BE: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Of one chunk and head: states [n,H,D+E,M] = sum_j e^{L_end - L_j} w_j [k_j, v_j], decay [n,H,M] = L_end,
-    occupancy [n,H,M] likewise if asked; the tiles L (float32), label (int8) and w [n,H,C,M], L at the first token of
-    every class (anchors [n,H,C,M], by label) and the last label [n,H]."""
+    """states [n,H,D+E,M] = sum_j e^{L_end - L_j} w_j [k_j, v_j], what a chunk and head writes."""
     pid = tl.program_id(0)
     chunk, h = pid // H, pid % H
     row, begin, count = chunk_span(table, chunk, T, chunks_per_row, C, PACKED)
     if count <= 0:
         return
-    row0 = row * T + begin
-    columns = row_mask(count, 1, C, 1)
-    position = load_positions(positions, row0, count, C, HAS_POSITIONS)
-    log_alpha, weight, _ = load_gates(
-        gate, s, write, keep, position, row0, count, h, H, rate, FORM, RING, SINKS, HAS_S, C, M
-    )
-    total, labels = tl.cumsum(log_alpha, axis=0), classify(log_alpha, FORM)
-    add_tile(L, total, pid, False, C, M)
-    add_tile(label, labels, pid, False, C, M)
-    add_tile(w, weight, pid, False, C, M)
-    classes = tl.max(tl.max(labels, axis=1), axis=0)
-    tl.store(last + pid, classes)
-    m = tl.arange(0, M)
-    for c in range(0, classes + 1):
-        anchor = tl.max(tl.where(labels == c, total, float("-inf")), axis=0)
-        anchor = tl.where(anchor == float("-inf"), 0.0, anchor)  # no member: any finite number will do
-        tl.store(anchors + (pid.to(tl.int64) * C + c) * M + m, anchor)
-    at = pid.to(tl.int64) * M
-    end = tl.sum(log_alpha, axis=0)
-    tl.store(decay + at + m, end)
-    if OCCUPANCY:
-        tl.store(occupancy + at + m, -expm1(end))
+    columns, m = row_mask(count, 1, C, 1), tl.arange(0, M)
     DTYPE = states.dtype.element_ty
-    left = (tl.exp(time_sum(log_alpha, True, False, DTYPE, C)) * weight).to(DTYPE)
+    left = (load_tile(suffix, pid, m, C, M) * load_tile(w, pid, m, C, M)).to(DTYPE)
     first = pid.to(tl.int64) * ((D + E) * M)
     x = load_rows(k, row * k_b + begin * k_t + h * k_h, k_t, 0, columns, C, 1, D, BD)
     gain = tl.dot(tl.trans(x.to(DTYPE)), left, input_precision=PRECISION)
@@ -87,15 +57,16 @@ def written_kernel(
     add_state(states, gain, first, D, False, E, BE, M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks_per_row"])
 def scan_kernel(
-    states, decay, occupancy, begin_keys, begin_values, begin_occupancy, end_keys, end_values, end_occupancy, bounds,
+    states, decay, L, occupancy, begin_keys, begin_values, begin_occupancy, end_keys, end_values, end_occupancy, bounds,
     chunks_per_row, H,
     PACKED: tl.constexpr, REVERSE: tl.constexpr, OCCUPANCY: tl.constexpr, HAS_BEGIN: tl.constexpr,
-    HAS_END: tl.constexpr, D: tl.constexpr, E: tl.constexpr, M: tl.constexpr, BF: tl.constexpr,
+    HAS_END: tl.constexpr, D: tl.constexpr, E: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
-    """Over a document's chunks in order (REVERSE: from the last to the first), carry = e^decay carry + gain, starting
-    from `begin` [N,H,M,D|E] and ending in `end`; each gain [chunk,h,D+E,M] is replaced by the carry before it.
+    """Over a document's chunks in order, carry = e^decay carry + gain, starting from `begin` [N,H,M,D|E] and ending in
+    `end`; each gain [chunk,h,D+E,M] is replaced by the carry before it, decayed by the chunk's first token. REVERSE:
+    from the last chunk to the first, the gain counts decayed by the first token and the carry is stored as it is.
 
     One program holds BF of the D+E features of all slots of one document and head; the first also does the occupancy.
     """
@@ -125,8 +96,13 @@ def scan_kernel(
         at = chunk * H + h
         kept = tl.exp(tl.load(decay + at * M + m))
         here = states + at * ((D + E) * M) + f[:, None] * M + m[None, :]
+        first_token = tl.exp(tl.load(L + at * (C * M) + m))[None, :]
         gain = tl.load(here, mask=inside, other=0.0).to(tl.float32)
-        tl.store(here, carry.to(states.dtype.element_ty), mask=inside)
+        if REVERSE:
+            tl.store(here, carry.to(states.dtype.element_ty), mask=inside)
+            gain *= first_token
+        else:
+            tl.store(here, (carry * first_token).to(states.dtype.element_ty), mask=inside)
         carry = kept[None, :] * carry + gain
         if OCCUPANCY:
             gained = tl.load(occupancy + at * M + m, mask=counted, other=0.0)
@@ -139,12 +115,12 @@ def scan_kernel(
             tl.store(end_occupancy + (n * H + h) * M + m, z, mask=counted)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "chunks_per_row"])
 def output_kernel(
-    q, q_sink, k, v, positions, table, states, occupancy, L, label, anchors, w, last, o,
+    q, q_sink, k, v, positions, table, states, L, label, anchors, decayed, in_class, written, inverse, log_z, last, o,
     T, chunks_per_row, H, G, scale, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
     PACKED: tl.constexpr, SINKS: tl.constexpr, OCCUPANCY: tl.constexpr,
-    HAS_POSITIONS: tl.constexpr, HAS_SINK: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr, HAS_SINK: tl.constexpr, PRECISION: tl.constexpr, BLOCKS: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
     GB: tl.constexpr,
 ):  # fmt: skip
@@ -158,63 +134,35 @@ def output_kernel(
     row0 = row * T + begin
     rows, columns = row_mask(count, G - g0, C, GB), row_mask(count, 1, C, 1)
     DTYPE = states.dtype.element_ty
-    Lc, labels, weight = load_tile(L, pid, C, M), load_tile(label, pid, C, M), load_tile(w, pid, C, M)
-    classes = tl.load(last + pid)
+    classes = load_classes(last, pid, BLOCKS)
     first = pid.to(tl.int64) * ((D + E) * M)
-    xk = load_rows(k, row * k_b + begin * k_t + h * k_h, k_t, 0, columns, C, 1, D, BD).to(DTYPE)
+    y = load_rows(k, row * k_b + begin * k_t + h * k_h, k_t, 0, columns, C, 1, D, BD).to(DTYPE)
     K0 = load_state(states, first, 0, D, BD, M)
     q_first = row * q_b + begin * q_t + (h * G + g0) * q_h
     x = load_rows(q, q_first, q_t, q_h, rows, C, GB, D, BD).to(DTYPE)
+    pairs = up_to_own(tl.dot(x, tl.trans(y), input_precision=PRECISION), C, GB).to(DTYPE)
+    logits, _ = reads(
+        x, pairs, K0, x, decayed, written, L, label, anchors, in_class, pid, classes, False, C, GB, M, PRECISION
+    )
     if HAS_SINK:
-        sink = (tl.arange(0, M) < SINKS)[None, :]
-        _p, own, before, within = meet(
-            x,
-            xk,
-            tl.where(sink, 0.0, K0),
-            tl.where(sink, 0.0, weight),
-            Lc,
-            labels,
-            anchors,
-            pid,
-            classes,
-            C,
-            GB,
-            M,
-            PRECISION,
-        )
-        logits = before + within + own[:, None] * to_rows(tl.where(sink, 0.0, weight), C, GB, M)
         x = load_rows(q_sink, q_first, q_t, q_h, rows, C, GB, D, BD).to(DTYPE)
-        _p, own, before, within = meet(
-            x,
-            xk,
-            tl.where(sink, K0, 0.0),
-            tl.where(sink, weight, 0.0),
-            Lc,
-            labels,
-            anchors,
-            pid,
-            classes,
-            C,
-            GB,
-            M,
-            PRECISION,
+        pairs = up_to_own(tl.dot(x, tl.trans(y), input_precision=PRECISION), C, GB).to(DTYPE)
+        far, _ = reads(
+            x, pairs, K0, x, decayed, written, L, label, anchors, in_class, pid, classes, False, C, GB, M, PRECISION
         )
-        logits += before + within + own[:, None] * to_rows(tl.where(sink, weight, 0.0), C, GB, M)
-    else:
-        _p, own, before, within = meet(x, xk, K0, weight, Lc, labels, anchors, pid, classes, C, GB, M, PRECISION)
-        logits = before + within + own[:, None] * to_rows(weight, C, GB, M)
+        logits = tl.where((tl.arange(0, M) < SINKS)[None, :], far, logits)
     if OCCUPANCY:
-        inverse, log_z = inverse_and_log(slot_occupancy(occupancy, pid, Lc, C, M))
-        inverse = to_rows(inverse, C, GB, M)
-        p = read(logits, inverse, to_rows(log_z, C, GB, M), scale) * inverse
+        inverse_rows = load_tile_rows(inverse, pid, C, GB, M)
+        p = read(logits, inverse_rows, load_tile_rows(log_z, pid, C, GB, M), scale) * inverse_rows
     else:
         p = read(logits, 1.0, 0.0, scale)
-    own = tl.sum(p * to_rows(weight, C, GB, M), axis=1)
-    A = spread(p, own, weight, Lc, labels, anchors, pid, classes, DTYPE, C, GB, M, PRECISION).to(DTYPE)
-    left = (p * to_rows(tl.exp(Lc), C, GB, M)).to(DTYPE)
-    y = tl.dot(left, tl.trans(load_state(states, first, D, E, BE, M)), input_precision=PRECISION)
-    xv = load_rows(v, row * v_b + begin * v_t + h * v_h, v_t, 0, columns, C, 1, E, BE).to(DTYPE)
-    y = tl.dot(A, xv, y, input_precision=PRECISION)
+    left = (p * load_tile_rows(decayed, pid, C, GB, M)).to(DTYPE)
+    A, _met = weights(
+        p, left, pairs, written, L, label, anchors, in_class, pid, classes, False, C, GB, M, PRECISION
+    )
+    out = tl.dot(left, tl.trans(load_state(states, first, D, E, BE, M)), input_precision=PRECISION)
+    y = load_rows(v, row * v_b + begin * v_t + h * v_h, v_t, 0, columns, C, 1, E, BE).to(DTYPE)
+    out = tl.dot(A, y, out, input_precision=PRECISION)
     if HAS_POSITIONS:
-        y = tl.where(real_rows(positions, row0, count, G - g0, C, GB, HAS_POSITIONS)[:, None], y, 0.0)
-    store_rows(o, y, (row0 * H + h) * G * E + g0 * E, H * G * E, E, rows, C, GB, E, BE)
+        out = tl.where(real_rows(positions, row0, count, G - g0, C, GB, HAS_POSITIONS)[:, None], out, 0.0)
+    store_rows(o, out, (row0 * H + h) * G * E + g0 * E, H * G * E, E, rows, C, GB, E, BE)

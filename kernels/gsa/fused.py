@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
-from . import backward, decode, forward
+from . import backward, decode, forward, gates
 from .spec import GSASpec, SlotState
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
@@ -24,28 +25,35 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Tile(NamedTuple):
-    """chunk: tokens of a chunk (C); heads: query heads of a tile (GB); warps of each kernel."""
+    """chunk: tokens of a chunk (C); heads: query heads of a tile (GB); warps of the kernels that have query rows."""
 
     chunk: int
-    heads: int = 1
-    written: int = 4
-    output: int = 4
-    inner: int = 4
-    outer: int = 4
+    heads: int
+    warps: int
 
 
-WIDE = {"output": 8, "inner": 8, "outer": 8}
-# The first row that fits: bytes of shared memory that a block may have, element size, head dim, slots -> tile of one
-# query head, tile of an even or large group. Chosen by the registers and spills of docs/results/kernels/compile.py.
+class Row(NamedTuple):
+    """shared: bytes of shared memory that a block must be given; size: of an element; dim, slots: the largest; chunk;
+    rows: the most of a tile; warps, if not one for 16 rows and at least 4."""
+
+    shared: int
+    size: int
+    dim: int
+    slots: int
+    chunk: int
+    rows: int
+    warps: int | None = None
+
+
+# The first row that fits is taken. Times and errors: docs/results/kernels/.
 TILES = [
-    # shared, bytes, dim, slots
-    ((200_000, 2, 128, 64), Tile(64), Tile(64, 2, **WIDE)),
-    ((160_000, 2, 256, 64), Tile(32, **WIDE), Tile(32, **WIDE)),
-    ((160_000, 2, 128, 128), Tile(32, **WIDE), Tile(32, **WIDE)),
-    ((200_000, 2, 256, 256), Tile(16, **WIDE), Tile(16, 2, **WIDE)),
-    ((90_000, 2, 128, 64), Tile(32), Tile(32)),
-    ((90_000, 4, 128, 64), Tile(16, **WIDE), Tile(16, **WIDE)),
-    ((200_000, 4, 256, 256), Tile(16, **WIDE), Tile(16, **WIDE)),
+    Row(200_000, 2, 128, 64, chunk=32, rows=128),
+    Row(160_000, 2, 256, 64, chunk=32, rows=32, warps=8),
+    Row(160_000, 2, 128, 128, chunk=32, rows=32, warps=8),
+    Row(200_000, 2, 256, 256, chunk=16, rows=32, warps=8),
+    Row(90_000, 2, 128, 64, chunk=32, rows=32, warps=4),
+    Row(90_000, 4, 128, 64, chunk=16, rows=16, warps=8),
+    Row(200_000, 4, 256, 256, chunk=16, rows=16, warps=8),
 ]
 INTERPRETED = 227_000  # the interpreter has no limit: the tiles of a Hopper GPU
 
@@ -54,9 +62,10 @@ def tile_for(dim: int, slots: int, groups: int, dtype: torch.dtype, shared: int 
     """The tile for the larger head dim, slots, query heads per kv head, type, and shared memory of a block in bytes;
     None if there is none."""
     size = 2 if dtype == torch.bfloat16 else 4  # float16 is computed in float32: decays leave its range
-    for (least, largest, dims, most), single, several in TILES:
-        if shared >= least and size <= largest and dim <= dims and slots <= most:
-            return several if groups % 2 == 0 or groups > 3 else single
+    for row in TILES:
+        if shared >= row.shared and size <= row.size and dim <= row.dim and slots <= row.slots:
+            heads = min(triton.next_power_of_2(groups), row.rows // row.chunk)
+            return Tile(row.chunk, heads, row.warps or max(4, row.chunk * heads // 16))
     return None
 
 
@@ -115,42 +124,44 @@ def chunk_tables(cu_seqlens: Tensor, total: int, chunk: int) -> tuple[Tensor, Te
 
 
 class Launch:
-    """Tile, scratch and the arguments that the kernels of one call share."""
+    """Tile, scratch and the arguments that the kernels of one call share, by the names that the kernels have for them."""
 
     def __init__(self, q, k, v, q_sink, gate, s, write, keep, positions, table, bounds, form, damping, ring, sinks,
                  normalised, scale):  # fmt: skip
         B, T, HQ, D = q.shape
         H, M, E = k.shape[2], gate.shape[-1], v.shape[-1]
         self.tile = tile_for(max(D, E), M, HQ // H, q.dtype, shared_memory(q.device))
-        self.device, self.shape, self.dims = q.device, (H, M, D, E), {"D": D, "E": E, "M": M}
-        self.chunks = B * triton.cdiv(T, self.tile.chunk) if table is None else table.shape[0]
+        C, self.slots = self.tile.chunk, min(M, 32)
+        self.device, self.shape, self.bounds = q.device, (H, M, D, E), bounds
+        self.chunks = B * triton.cdiv(T, C) if table is None else table.shape[0]
         self.documents = B if table is None else bounds.shape[0] - 1
         self.dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
-        self.bounds, self.flags = bounds, {"PACKED": table is not None, "OCCUPANCY": normalised}
-        self.chunk_args = {"T": T, "chunks_per_row": triton.cdiv(T, self.tile.chunk), "H": H, "table": table,
-                           "positions": positions, "HAS_POSITIONS": positions is not None, "SINKS": sinks,
-                           "PRECISION": "tf32x3" if q.dtype == torch.float16 else "ieee", "C": self.tile.chunk,
-                           "BD": triton.next_power_of_2(D), "BE": triton.next_power_of_2(E),
-                           "k": k, "v": v, **strides("k", k), **strides("v", v)}  # fmt: skip
-        self.gate_args = {"gate": gate, "s": s, "write": write, "keep": keep, "rate": 1.0 / damping, "FORM": form,
-                          "RING": ring, "HAS_S": s is not None}  # fmt: skip
-        self.query_args = {"q": q, "q_sink": q_sink, "HAS_SINK": q_sink is not None, "G": HQ // H, "scale": scale,
-                           **strides("q", q)}  # fmt: skip
-        C = self.tile.chunk
-        self.tiles = {"L": self.scratch(C, M), "label": self.scratch(C, M, dtype=torch.int8),
-                      "anchors": self.scratch(C, M), "w": self.scratch(C, M, dtype=self.dtype),
-                      "last": self.scratch(dtype=torch.int32)}  # fmt: skip
-        self.decay = self.scratch(M)
+        self.args = {
+            "q": q, "q_sink": q_sink, "k": k, "v": v, "gate": gate, "s": s, "write": write, "keep": keep,
+            "positions": positions, "table": table, "T": T, "chunks_per_row": triton.cdiv(T, C), "H": H, "G": HQ // H,
+            "scale": scale, "rate": 1.0 / damping, **strides("q", q), **strides("k", k), **strides("v", v),
+            "FORM": form, "LINEAR": form == "linear", "RING": ring, "SINKS": sinks, "OCCUPANCY": normalised,
+            "PACKED": table is not None, "HAS_POSITIONS": positions is not None, "HAS_S": s is not None,
+            "HAS_SINK": q_sink is not None, "PRECISION": "tf32x3" if q.dtype == torch.float16 else "ieee",
+            "DTYPE": tl.bfloat16 if self.dtype == torch.bfloat16 else tl.float32,
+            "D": D, "BD": triton.next_power_of_2(D), "E": E, "BE": triton.next_power_of_2(E), "M": M, "BM": self.slots,
+            "BLOCKS": M // self.slots, "C": C, "GB": self.tile.heads,
+            "L": self.scratch(C, M), "label": self.scratch(C, M, dtype=torch.int8), "anchors": self.scratch(C, M),
+            "w": self.scratch(C, M), "suffix": self.scratch(C, M), "decayed": self.scratch(C, M),
+            "in_class": self.scratch(C, M),
+            "written": self.scratch(C, M, dtype=self.dtype), "decay": self.scratch(M),
+            "inverse": self.scratch(C, M) if normalised else None, "log_z": self.scratch(C, M) if normalised else None,
+            "last": self.scratch(M // self.slots, dtype=torch.int32), **self.memory(normalised),
+        }  # fmt: skip
 
     def scratch(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """A buffer for every chunk and head."""
         return torch.empty(self.chunks, self.shape[0], *shape, device=self.device, dtype=dtype)
 
-    def memory(self) -> dict[str, Tensor | None]:
+    def memory(self, normalised: bool) -> dict[str, Tensor | None]:
         """Scratch for the memory (or its adjoint) of every chunk."""
         H, M, D, E = self.shape
-        occupancy = self.scratch(M) if self.flags["OCCUPANCY"] else None
-        return {"states": self.scratch(D + E, M, dtype=self.dtype), "occupancy": occupancy}
+        return {"states": self.scratch(D + E, M, dtype=self.dtype), "occupancy": self.scratch(M) if normalised else None}
 
     def state(self) -> tuple[Tensor, Tensor, Tensor]:
         """New keys [N,H,M,D], values [N,H,M,E] and occupancy [N,H,M] of the documents."""
@@ -159,29 +170,29 @@ class Launch:
         keys, values = (torch.empty(N, H, M, x, device=self.device) for x in (D, E))
         return keys, values, torch.zeros(N, H, M, device=self.device)
 
-    def run(self, kernel, warps: int, programs: int = 1, **args) -> None:
-        """One program for every chunk and head, or `programs` of them."""
-        known = {**self.chunk_args, **self.gate_args, **self.query_args, **self.tiles, **self.flags, **self.dims,
-                 "decay": self.decay, **args}  # fmt: skip
-        args = {name: known[name] for name in kernel.arg_names}
-        kernel[(self.chunks * self.shape[0] * programs,)](**args, num_warps=warps, num_stages=1)
+    def run(self, kernel, warps: int, heads: int = 1, slots: int = 1) -> None:
+        """One program for every chunk and head, or `heads` of them, and each of `slots` parts of the slots."""
+        args = {name: self.args[name] for name in kernel.arg_names}
+        kernel[(self.chunks * self.shape[0] * heads, slots)](**args, num_warps=warps, num_stages=1)
 
     def scan(self, states: Tensor, occupancy: Tensor | None, begin, end, reverse: bool = False) -> None:
         """`forward.scan_kernel` over every document; begin and end: (keys, values, occupancy) or None."""
         H, M, D, E = self.shape
         features = 8
         forward.scan_kernel[(self.documents * H, triton.cdiv(D + E, features))](
-            states, self.decay, occupancy, *(begin or (None,) * 3), *(end or (None,) * 3), self.bounds,
-            self.chunk_args["chunks_per_row"], H, REVERSE=reverse, HAS_BEGIN=begin is not None, HAS_END=end is not None,
-            BF=features, **self.flags, **self.dims, num_warps=4,
+            states, self.args["decay"], self.args["L"], occupancy, *(begin or (None,) * 3), *(end or (None,) * 3),
+            self.bounds, self.args["chunks_per_row"], H, PACKED=self.bounds is not None, REVERSE=reverse,
+            OCCUPANCY=occupancy is not None, HAS_BEGIN=begin is not None, HAS_END=end is not None, D=D, E=E, M=M,
+            C=self.tile.chunk, BF=features, num_warps=4,
         )  # fmt: skip
 
-    def write(self, begin, end) -> dict[str, Tensor | None]:
+    def write(self, begin, end) -> None:
         """Gates of every chunk, and the memory before it."""
-        memory = self.memory()
-        self.run(forward.written_kernel, self.tile.written, **memory)
-        self.scan(**memory, begin=begin, end=end)
-        return memory
+        self.run(gates.gates_kernel, 4, slots=self.args["BLOCKS"])
+        self.run(forward.written_kernel, 4)
+        self.scan(self.args["states"], self.args["occupancy"], begin, end)
+        if self.args["OCCUPANCY"]:
+            self.run(gates.occupancy_kernel, 4, slots=self.args["BLOCKS"])
 
 
 def strides(name: str, x: Tensor) -> dict[str, int]:
@@ -211,11 +222,10 @@ def gsa_forward(
         normalised, scale,
     )  # fmt: skip
     end = launch.state() if final else None
-    memory = launch.write(None if keys is None else (keys, values, occupancy), end)
-    o = torch.empty(*q.shape[:3], v.shape[-1], device=q.device, dtype=v.dtype)
-    heads = launch.tile.heads
-    tiles = triton.cdiv(launch.query_args["G"], heads)
-    launch.run(forward.output_kernel, launch.tile.output, tiles, o=o, GB=heads, **memory)
+    launch.write(None if keys is None else (keys, values, occupancy), end)
+    o = launch.args["o"] = torch.empty(*q.shape[:3], v.shape[-1], device=q.device, dtype=v.dtype)
+    tiles = triton.cdiv(q.shape[2] // k.shape[2], launch.tile.heads)
+    launch.run(forward.output_kernel, launch.tile.warps, tiles)
     return o, *(end or [q.new_empty(0, dtype=torch.float32) for _ in range(3)])
 
 
@@ -242,30 +252,31 @@ def gsa_backward(
         *prepare(q, k, v, q_sink, gate, s, silu), write, keep, positions, table, bounds, form, damping, ring, sinks,
         normalised, scale,
     )  # fmt: skip
-    memory = launch.write(None if keys is None else (keys, values, occupancy), None)
-    adjoint = launch.memory()
-    M, C = launch.dims["M"], launch.tile.chunk
-    given = {
-        "do": do.contiguous(), "dw": launch.scratch(C, M), "dlog": launch.scratch(C, M), "adjoint": adjoint["states"],
-        "d_occupancy": adjoint["occupancy"], "GB": launch.tile.heads, "LINEAR": form == "linear", **memory,
-    }  # fmt: skip
+    launch.write(None if keys is None else (keys, values, occupancy), None)
+    M, C, linear = gate.shape[-1], launch.tile.chunk, form == "linear"
+    adjoint, d_z = launch.memory(normalised).values()
 
-    def like(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.empty(0 if x is None else x.shape, device=q.device, dtype=dtype or (q if x is None else x).dtype)
+    def like(x: Tensor | None) -> Tensor:
+        return torch.empty(0 if x is None else x.shape, device=q.device, dtype=(q if x is None else x).dtype)
 
     grads = {"dq": like(q), "dk": like(k), "dv": like(v), "dgate": like(gate), "ds": like(s)}
     grads |= {"d_write": like(write), "d_keep": like(keep), "dq_sink": like(q_sink)}
-    launch.run(backward.inner_kernel, launch.tile.inner, **given, **grads)
+    dlogits = torch.empty(*q.shape[:3], M, device=q.device, dtype=launch.dtype)
+    launch.args |= grads | {"do": do.contiguous(), "dlogits": dlogits, "adjoint": adjoint, "d_occupancy": d_z}
+    launch.args |= {name: launch.scratch(C, M) for name in ("own", "rows", "met", "after")}
+    launch.args |= {"across": launch.scratch(C, M) if linear else None, "through": launch.scratch(M)}
+    launch.args |= {"z_rows": launch.scratch(C, M) if normalised else None}
+    d_bias = launch.args["d_bias"] = launch.scratch(2, M) if ring else None
+    launch.run(backward.inner_kernel, launch.tile.warps)
     d_begin = None if keys is None else launch.state()
     d_end = None if d_keys is None else tuple(x.contiguous() for x in (d_keys, d_values, d_occupancy))
-    launch.scan(**adjoint, begin=d_end, end=d_begin, reverse=True)
-    d_bias = launch.scratch(2, M) if ring else None
-    launch.run(backward.outer_kernel, launch.tile.outer, **given, **grads, d_bias=d_bias)
+    launch.scan(adjoint, d_z, begin=d_end, end=d_begin, reverse=True)
+    launch.run(backward.outer_kernel, launch.tile.warps)
+    launch.run(gates.logits_kernel, 4, slots=launch.args["BLOCKS"])
     if ring:
-        grads |= {
-            name: d_bias[:, :, i].sum(0).to(x.dtype)
-            for i, (name, x) in enumerate((("d_write", write), ("d_keep", keep)))
-        }
+        grads["d_write"], grads["d_keep"] = (
+            d_bias[:, :, i].sum(0).to(x.dtype) for i, x in enumerate((write, keep))
+        )  # fmt: skip
     if silu:
         for name, x in (("dq", q), ("dk", k), ("dv", v), ("dq_sink", q_sink)):
             if x is not None:

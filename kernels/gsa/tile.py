@@ -19,59 +19,6 @@ import triton
 import triton.language as tl
 
 SPAN = tl.constexpr(32.0)  # a power of two, so that dividing by it is exact; e^32 leaves bfloat16 and float32 room
-FLOOR = tl.constexpr(-60.0)  # least log alpha of one token: e^-60 is nothing beside a write, yet no denormal
-EMPTY = tl.constexpr(2.0**-100)  # spec.EMPTY
-
-
-@triton.jit
-def expm1(x):
-    """e^x - 1 for x <= 0 to float32 precision, also near 0."""
-    taylor = 1.0 + x / 8
-    taylor = 1.0 + x / 7 * taylor
-    taylor = 1.0 + x / 6 * taylor
-    taylor = 1.0 + x / 5 * taylor
-    taylor = 1.0 + x / 4 * taylor
-    taylor = 1.0 + x / 3 * taylor
-    taylor = 1.0 + x / 2 * taylor
-    return tl.where(x > -0.5, x * taylor, tl.exp(x) - 1.0)
-
-
-@triton.jit
-def atanh_series(w):
-    """2 atanh(w) for |w| < 0.18 to float32 precision."""
-    w2 = w * w
-    return 2.0 * w * (1.0 + w2 * (1.0 / 3 + w2 * (1.0 / 5 + w2 * (1.0 / 7 + w2 * (1.0 / 9)))))
-
-
-@triton.jit
-def split(x):
-    """Normal x > 0 -> (exponent e, mantissa m in [0.707, 1.414)) with x = m 2^e."""
-    bits = x.to(tl.int32, bitcast=True)
-    e = (bits - 0x3F3504F3) >> 23
-    return e.to(tl.float32), (bits - (e << 23)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def log(x):
-    """log x for normal x > 0 to float32 precision, in a third of the library's instructions."""
-    e, m = split(x)
-    return e * 0.6931471805599453 + atanh_series((m - 1.0) / (m + 1.0))
-
-
-@triton.jit
-def log1p(x):
-    """log(1 + x) for x > -1 to float32 precision, also near 0: there 2 atanh(x / (2 + x))."""
-    small = (x > -0.29) & (x < 0.41)
-    e, m = split(tl.where(small, 1.0, 1.0 + x))
-    w = tl.where(small, x, m - 1.0) / tl.where(small, 2.0 + x, m + 1.0)
-    return e * 0.6931471805599453 + atanh_series(w)
-
-
-@triton.jit
-def sigmoid(x):
-    """1 / (1 + e^-x), finite for every x."""
-    e = tl.exp(-tl.abs(x))
-    return tl.where(x >= 0, 1.0, e) / (1.0 + e)
 
 
 @triton.jit
@@ -162,138 +109,88 @@ def add_state(states, value, first, row0, again, D: tl.constexpr, BD: tl.constex
 
 
 @triton.jit
-def load_positions(positions, row0, count, C: tl.constexpr, HAS_POSITIONS: tl.constexpr):
-    """Position [C] of each token, -1 for padding and outside the chunk; without positions 0 where there is a token."""
-    t = tl.arange(0, C)
-    if HAS_POSITIONS:
-        return tl.load(positions + row0 + t, mask=t < count, other=-1).to(tl.int32)
-    else:
-        return tl.where(t < count, 0, -1)
-
-
-@triton.jit
-def on_turn(position, RING: tl.constexpr, SINKS: tl.constexpr, M: tl.constexpr):
-    """[C,M]: is the slot on turn (spec.GSASpec.turn)."""
-    turn = tl.where(position < RING, position, SINKS + (position - RING) % (RING - SINKS))
-    return turn[:, None] == tl.arange(0, M)[None, :]
-
-
-@triton.jit
-def load_gates(gate, s, write, keep, position, row0, count, h, H, rate, FORM: tl.constexpr, RING: tl.constexpr,
-               SINKS: tl.constexpr, HAS_S: tl.constexpr, C: tl.constexpr, M: tl.constexpr):  # fmt: skip
-    """Gates of one chunk and head, as spec.gates: (log alpha floored, write weight, pre-activation), each [C,M].
-    rate = 1 / damping."""
-    t, m = tl.arange(0, C), tl.arange(0, M)
-    first = (row0 * H + h) * M
-    at = (t * (H * M))[:, None] + m[None, :]
-    x = tl.load(gate + first + at, mask=(t < count)[:, None], other=0.0).to(tl.float32)
-    if RING:
-        on = tl.load(write + h * M + m).to(tl.float32)
-        off = tl.load(keep + h * M + m).to(tl.float32)
-        bias = tl.where(on_turn(position, RING, SINKS, M), on[None, :], off[None, :])
-    else:
-        bias = tl.zeros([C, M], tl.float32)
-    if FORM == "sigmoid":
-        x += bias
-        log_alpha = -(tl.maximum(-x, 0.0) + log1p(tl.exp(-tl.abs(x)))) * rate
-        w = -expm1(log_alpha)
-    elif FORM == "linear":
-        x = x * rate + bias
-        w = tl.minimum(tl.maximum(x, 0.0), 1.0)
-        log_alpha = tl.where(w < 1.0, log1p(-tl.where(w < 1.0, w, 0.0)), FLOOR)
-    else:
-        log_alpha = x
-        w = -expm1(log_alpha)
-    if HAS_S:
-        w = tl.load(s + first + at, mask=(t < count)[:, None], other=0.0).to(tl.float32)
-    real = (position >= 0)[:, None]
-    return tl.where(real, tl.maximum(log_alpha, FLOOR), 0.0), tl.where(real, w, 0.0), x
-
-
-@triton.jit
-def classify(log_alpha, FORM: tl.constexpr):
-    """[C,M] log alpha -> class of every token, int32, from 0 and under C.
-
-    A gate is a break where log alpha < -16; in the linear form, whose d alpha is d log alpha / alpha, already where
-    alpha < 1/4, so that its d log alpha is summed without cancellation. Counted in whole numbers of SPAN / 2^17 nats, a
-    break as 2^17: a later token's class is never smaller, and a break always begins one. (A chunk's first token has
-    nothing before it to break with.)"""
-    if FORM == "linear":
-        broken = log_alpha < -1.3862944
-    else:
-        broken = log_alpha < -16.0
-    steps = tl.where(broken, 1 << 17, (log_alpha * (-(1 << 17) / SPAN)).to(tl.int32))
-    steps = tl.where((tl.arange(0, log_alpha.shape[0]) > 0)[:, None], steps, 0)
-    return tl.cumsum(steps, axis=0) >> 17
-
-
-@triton.jit
-def time_sum(x, LATER: tl.constexpr, OWN: tl.constexpr, DTYPE: tl.constexpr, C: tl.constexpr):
-    """[C,M] -> sum over later (else earlier) tokens, with the token's own if OWN. A product with a triangle of ones, as
-    sums of terms of one sign keep their relative precision (a difference of two cumulative sums would not) and scans in
-    reverse are slow. For bfloat16 inputs x is split into two terms, which keeps 16 bits."""
-    t, i = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    taken = (i > t) if LATER else (i < t)
-    if OWN:
-        taken = taken | (i == t)
+def sum_tokens(taken, x, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """[.,R] of truths, x [R,M] -> sums of the rows taken. A product, as sums of terms of one sign keep their relative
+    precision (a difference of two cumulative sums would not), and scans in reverse or over heads are slow. For bfloat16
+    inputs x is split into two terms, which keeps 16 bits."""
     ones = tl.where(taken, 1.0, 0.0).to(DTYPE)
     high = x.to(DTYPE)
-    total = tl.dot(ones, high, input_precision="ieee")
+    total = tl.dot(ones, high, input_precision=PRECISION)
     if DTYPE == tl.bfloat16:
         total = tl.dot(ones, (x - high.to(tl.float32)).to(DTYPE), total)
     return total
 
 
 @triton.jit
-def load_tile(x, pid, C: tl.constexpr, M: tl.constexpr):
-    """[C,M] tile of scratch that is laid out chunk by chunk."""
-    at = (tl.arange(0, C) * M)[:, None] + tl.arange(0, M)[None, :]
-    return tl.load(x + pid.to(tl.int64) * (C * M) + at).to(tl.float32)
+def over_heads(x, DTYPE: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, GB: tl.constexpr):
+    """[C*GB,M] -> [C,M]: sum over the query heads of a token."""
+    if GB > 1:
+        x = sum_tokens(row_token(C, GB)[None, :] == tl.arange(0, C)[:, None], x, DTYPE, PRECISION)
+    return x
 
 
 @triton.jit
-def add_tile(x, value, pid, again, C: tl.constexpr, M: tl.constexpr):
-    """[C,M] tile of scratch += value; = value unless `again`."""
-    t, m = tl.arange(0, C), tl.arange(0, M)
-    at = x + pid.to(tl.int64) * (C * M) + ((t * M)[:, None] + m[None, :])
-    mask = (t >= 0)[:, None] & (m >= 0)[None, :]
+def load_tile(x, pid, m, C: tl.constexpr, M: tl.constexpr):
+    """[C,BM]: slots m [BM] of a [C,M] tile of scratch that is laid out chunk by chunk."""
+    at = (tl.arange(0, C) * M)[:, None] + m[None, :]
+    return tl.load(x + pid.to(tl.int64) * (C * M) + at)
+
+
+@triton.jit
+def load_tile_rows(x, pid, C: tl.constexpr, GB: tl.constexpr, M: tl.constexpr):
+    """[R,M]: the tile with every query head of a token in a row of its own."""
+    at = (row_token(C, GB) * M)[:, None] + tl.arange(0, M)[None, :]
+    return tl.load(x + pid.to(tl.int64) * (C * M) + at)
+
+
+@triton.jit
+def add_tile(x, value, pid, m, again, C: tl.constexpr, M: tl.constexpr):
+    """Slots m [BM] of a [C,M] tile of scratch += value [C,BM]; = value unless `again`."""
+    at = x + pid.to(tl.int64) * (C * M) + ((tl.arange(0, C) * M)[:, None] + m[None, :])
+    mask = (tl.arange(0, C) >= 0)[:, None] & (m >= 0)[None, :]
     value += tl.load(at, mask=mask & again, other=0).to(tl.float32)
     tl.store(at, value.to(x.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def begins_class(label, pid, C: tl.constexpr, M: tl.constexpr):
-    """[C,M]: is the token the first of its class (the chunk's first token is)."""
-    t, m = tl.arange(0, C), tl.arange(0, M)
-    at = label + pid.to(tl.int64) * (C * M) + ((t * M)[:, None] + m[None, :])
-    before = tl.load(at - M, mask=(t > 0)[:, None] & (m >= 0)[None, :], other=-1)
-    return tl.load(at) > before
+def load_anchor(anchors, pid, c, C: tl.constexpr, M: tl.constexpr):
+    """[M]: L at the first token of class c."""
+    return tl.load(anchors + (pid.to(tl.int64) * C + c) * M + tl.arange(0, M))
 
 
 @triton.jit
-def factors(anchors, pid, L, label, c, C: tl.constexpr, M: tl.constexpr):
-    """(row, col), each [C,M], of columns of class c: see the module's text."""
-    anchor = tl.load(anchors + (pid.to(tl.int64) * C + c) * M + tl.arange(0, M))[None, :]
-    row = tl.where(label >= c, tl.exp(tl.minimum(L - anchor, 0.0)), 0.0)
-    col = tl.where(label == c, tl.exp(tl.minimum(anchor - L, SPAN)), 0.0)
-    return row, col
+def load_classes(last, pid, BLOCKS: tl.constexpr):
+    """The largest class of a chunk and head."""
+    return tl.max(tl.load(last + pid * BLOCKS + tl.arange(0, BLOCKS)), axis=0)
 
 
 @triton.jit
-def to_rows(x, C: tl.constexpr, GB: tl.constexpr, M: tl.constexpr):
-    """[C,M] -> [C*GB,M]: every query head of a token gets its token's values."""
-    if GB > 1:
-        x = tl.reshape(x, [C // 8, 1, 8, M])
-        x = tl.reshape(tl.broadcast_to(x, [C // 8, GB, 8, M]), [C * GB, M])
-    return x
+def column(L, label, anchors, pid, c, C: tl.constexpr, M: tl.constexpr):
+    """[C,M]: `col` of the tokens of class c, 0 for all others: see the module's text."""
+    m = tl.arange(0, M)
+    anchor = load_anchor(anchors, pid, c, C, M)[None, :]
+    mine = load_tile(label, pid, m, C, M) == c
+    return tl.where(mine, tl.exp(tl.minimum(anchor - load_tile(L, pid, m, C, M), SPAN)), 0.0)
 
 
 @triton.jit
-def over_heads(x, C: tl.constexpr, GB: tl.constexpr, M: tl.constexpr):
-    """[C*GB,M] -> [C,M]: sum over the query heads of a token."""
-    if GB > 1:
-        x = tl.reshape(tl.sum(tl.reshape(x, [C // 8, GB, 8, M]), axis=1), [C, M])
-    return x
+def row(L, label, anchors, in_class, pid, c, classes, C: tl.constexpr, GB: tl.constexpr, M: tl.constexpr):
+    """[R,M]: `row` of the tokens of class c > 0 and later ones, 0 for earlier ones. In the class itself it is the tile
+    `in_class`; of class 0 it is the tile `decayed`."""
+    labels = load_tile_rows(label, pid, C, GB, M)
+    factor = tl.where(labels == c, load_tile_rows(in_class, pid, C, GB, M), 0.0)
+    if c < classes:
+        anchor = load_anchor(anchors, pid, c, C, M)[None, :]
+        factor = tl.where(labels > c, tl.exp(load_tile_rows(L, pid, C, GB, M) - anchor), factor)
+    return factor
+
+
+@triton.jit
+def written_in(written, label, pid, c, C: tl.constexpr, M: tl.constexpr):
+    """[C,M]: `col` times the write weight of the tokens of class c, 0 for all others."""
+    m = tl.arange(0, M)
+    here = load_tile(written, pid, m, C, M)
+    return tl.where(load_tile(label, pid, m, C, M) == c, here, 0.0).to(here.dtype)
 
 
 @triton.jit
@@ -305,64 +202,59 @@ def triangle(S, C: tl.constexpr, GB: tl.constexpr):
 
 
 @triton.jit
-def meet(x, y, state, w, L, label, anchors, pid, last, C: tl.constexpr, GB: tl.constexpr, M: tl.constexpr,
-         PRECISION: tl.constexpr):  # fmt: skip
-    """Rows x [R,D] with what slots hold of y: sum_j e^{L_i - L_j} w_j (x_i . y_j) and the same with the chunk's first
-    state [D,M].
-
-    Returns the pairs x_i . y_j of earlier tokens [R,C] in x's type, x_i . y_i [R], and [R,M]: part from the state, part
-    from earlier tokens of the chunk. (The token's own part is x_i . y_i w_i.)
-    """
-    pairs, own = triangle(tl.dot(x, tl.trans(y), input_precision=PRECISION), C, GB)
-    pairs = pairs.to(x.dtype)
-    before = tl.dot(x, state, input_precision=PRECISION) * to_rows(tl.exp(L), C, GB, M)
-    within = tl.zeros([C * GB, M], tl.float32)
-    for c in range(0, last + 1):
-        row, col = factors(anchors, pid, L, label, c, C, M)
-        met = tl.dot(pairs, (col * w).to(x.dtype), input_precision=PRECISION)
-        within += met * to_rows(row, C, GB, M)
-    return pairs, own, before, within
+def up_to_own(S, C: tl.constexpr, GB: tl.constexpr):
+    """[R,C] with 0 after the row's token."""
+    return tl.where(row_token(C, GB)[:, None] >= tl.arange(0, C)[None, :], S, 0.0)
 
 
 @triton.jit
-def spread(p, own, w, L, label, anchors, pid, last, DTYPE: tl.constexpr, C: tl.constexpr, GB: tl.constexpr,
-           M: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Slot weights p [R,M] -> token weights [R,C]: sum_m p_i e^{L_i - L_j} w_j for j < i, and own [R] at j = i."""
-    A = tl.zeros([C * GB, C], tl.float32)
-    for c in range(0, last + 1):
-        row, col = factors(anchors, pid, L, label, c, C, M)
-        left = (p * to_rows(row, C, GB, M)).to(DTYPE)
-        A = tl.dot(left, tl.trans((col * w).to(DTYPE)), A, input_precision=PRECISION)
-    return with_own(A, own, C, GB)
+def reads(x, pairs, state, p, decayed, written, L, label, anchors, in_class, pid, classes, ACROSS: tl.constexpr,
+          C: tl.constexpr, GB: tl.constexpr, M: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """[R,M]: what rows x [R,D] read in slots: of the state [D,M], and w_j pairs_ij e^{L_i - L_j} of the chunk's tokens,
+    pairs [R,C] being the products x_i . y_j of those that count and 0 elsewhere.
+
+    If ACROSS also [C,M]: where a token begins a class c > 0, the sum of p [R,M] times what was read, over rows from that
+    token on and over what was written before it."""
+    met = tl.dot(x, state, input_precision=PRECISION)
+    met = tl.dot(pairs, written_in(written, label, pid, 0, C, M), met, input_precision=PRECISION)
+    met *= load_tile_rows(decayed, pid, C, GB, M)
+    total = met
+    across = tl.zeros([C, M], tl.float32)
+    for c in range(1, classes + 1):
+        if ACROSS:
+            later = row_token(C, GB)[None, :] >= tl.arange(0, C)[:, None]
+            crossed = sum_tokens(later, p * met, x.dtype, PRECISION)
+            across += tl.where(load_tile(label, pid, tl.arange(0, M), C, M) >= c, crossed, 0.0)
+        met = tl.dot(pairs, written_in(written, label, pid, c, C, M), input_precision=PRECISION)
+        met *= row(L, label, anchors, in_class, pid, c, classes, C, GB, M)
+        total += met
+    return total, across
 
 
 @triton.jit
-def with_own(A, own, C: tl.constexpr, GB: tl.constexpr):
-    """[R,C] with everything before the row's token kept, `own` [R] at it and 0 after it."""
-    row, col = row_token(C, GB), tl.arange(0, C)
-    A = tl.where(row[:, None] > col[None, :], A, 0.0)
-    return tl.where(row[:, None] == col[None, :], own[:, None], A)
+def weights(p, left, pairs, written, L, label, anchors, in_class, pid, classes, MET: tl.constexpr, C: tl.constexpr,
+            GB: tl.constexpr, M: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Slot weights p [R,M] -> token weights [R,C]: sum_m p_i e^{L_i - L_j} w_j for j <= i; left is p times the tile
+    `decayed`, in the tiles' type.
 
-
-@triton.jit
-def slot_occupancy(occupancy, pid, L, C: tl.constexpr, M: tl.constexpr):
-    """[C,M] occupancy z after each token: z_0 e^L + (1 - e^L), as every write weight is one minus its decay."""
-    z0 = tl.load(occupancy + pid.to(tl.int64) * M + tl.arange(0, M))[None, :]
-    return z0 * tl.exp(L) - expm1(L)
-
-
-@triton.jit
-def inverse_and_log(z):
-    """1 / z and log z of an occupancy; 0 and -3e38 for an empty slot, which `read` then gives no weight."""
-    present = z > EMPTY
-    z = tl.where(present, z, 1.0)
-    return tl.where(present, 1.0 / z, 0.0), tl.where(present, log(z), -3e38)
+    If MET also the gradient of w_j [C,M]: sum_i p_i pairs_ij e^{L_i - L_j}, with pairs as of `reads`."""
+    A = tl.dot(left, tl.trans(written_in(written, label, pid, 0, C, M)), input_precision=PRECISION)
+    met = tl.zeros([C, M], tl.float32)
+    if MET:
+        met = tl.dot(tl.trans(pairs), left, input_precision=PRECISION) * column(L, label, anchors, pid, 0, C, M)
+    for c in range(1, classes + 1):
+        here = (p * row(L, label, anchors, in_class, pid, c, classes, C, GB, M)).to(left.dtype)
+        A = tl.dot(here, tl.trans(written_in(written, label, pid, c, C, M)), A, input_precision=PRECISION)
+        if MET:
+            col = column(L, label, anchors, pid, c, C, M)
+            met += tl.dot(tl.trans(pairs), here, input_precision=PRECISION) * col
+    return up_to_own(A, C, GB).to(left.dtype), met
 
 
 @triton.jit
 def read(logits, inverse, log_z, scale):
     """Softmax over slots, as spec.read_weights: logits q.K [R,M] -> its weights, which times `inverse` are the weights
-    on the slot values."""
-    y = scale * logits * inverse + log_z
-    e = tl.exp(y - tl.max(y, axis=1)[:, None])
-    return e / tl.sum(e, axis=1)[:, None]
+    on the slot values. log_z is in base 2."""
+    y = scale * 1.4426950408889634 * logits * inverse + log_z
+    e = tl.exp2(y - tl.max(y, axis=1)[:, None])
+    return e * (1.0 / tl.sum(e, axis=1))[:, None]

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from t2r.kernels.gsa import backward, decode, forward
+from t2r.kernels.gsa import backward, decode, forward, gates as gate_kernels
 from t2r.kernels.gsa.fused import tile_for
 
 SHARED = {90: 232_448, 80: 166_912, 89: 101_376}  # bytes a block may have
@@ -35,6 +36,7 @@ GATES = {
 }
 INTEGERS = {"label": "*i8", "last": "*i32", "positions": "*i64"}
 ROWS = {"q", "k", "v", "gate", "do", "o", "dq", "dk", "dv", "dgate"}
+STATES = {"states", "adjoint", "dlogits", "written"}
 
 
 def build(kernel, flags: dict, rows: str, states: str, arch: int, warps: int) -> dict:
@@ -42,7 +44,8 @@ def build(kernel, flags: dict, rows: str, states: str, arch: int, warps: int) ->
     absent = {"q_sink", "dq_sink", "s", "ds", "table", "bounds"}
     absent |= {f"{side}_{part}" for side in ("begin", "end") for part in ("keys", "values", "occupancy")}
     absent |= set() if flags["RING"] else {"write", "keep", "d_bias"}
-    absent |= set() if flags["OCCUPANCY"] else {"occupancy", "d_occupancy"}
+    absent |= set() if flags["OCCUPANCY"] else {"occupancy", "d_occupancy", "z_rows", "inverse", "log_z"}
+    absent |= set() if flags["LINEAR"] else {"across"}
     absent |= set() if flags["HAS_POSITIONS"] else {"positions"}
     signature, constants = {}, {}
     for i, name in enumerate(kernel.arg_names):
@@ -50,7 +53,7 @@ def build(kernel, flags: dict, rows: str, states: str, arch: int, warps: int) ->
             signature[name], constants[(i,)] = "constexpr", flags.get(name)
         elif name in ROWS:
             signature[name] = rows
-        elif name in ("states", "adjoint", "w"):
+        elif name in STATES:
             signature[name] = states
         elif name in ("scale", "rate"):
             signature[name] = "fp32"
@@ -90,17 +93,20 @@ def main(out: str) -> None:
             **spec, "RING": slots if gates == "exact" else 0, "LINEAR": gates == "exact", "PACKED": False,
             "HAS_S": False, "HAS_SINK": False, "REVERSE": False, "HAS_BEGIN": False, "HAS_END": False, "SILU": False,
             "PRECISION": "tf32x3" if name == "fp16" else "ieee", "D": dim, "BD": padded, "E": dim, "BE": padded,
-            "M": slots, "C": tile.chunk, "GB": tile.heads, "BF": 8, "GP": triton.next_power_of_2(groups),
+            "M": slots, "BM": min(slots, 32), "BLOCKS": slots // min(slots, 32), "C": tile.chunk, "G": groups, "GB": tile.heads,
+            "DTYPE": tl.bfloat16 if name == "bf16" else tl.float32, "BF": 8, "GP": triton.next_power_of_2(groups),
         }  # fmt: skip
         kernels = {
-            "written": (forward.written_kernel, tile.written), "scan": (forward.scan_kernel, 4),
-            "output": (forward.output_kernel, tile.output), "inner": (backward.inner_kernel, tile.inner),
-            "outer": (backward.outer_kernel, tile.outer), "step": (decode.step_kernel, 8),
+            "gates": (gate_kernels.gates_kernel, 4), "logits": (gate_kernels.logits_kernel, 4),
+            "occupancy": (gate_kernels.occupancy_kernel, 4),
+            "written": (forward.written_kernel, 4), "scan": (forward.scan_kernel, 4),
+            "output": (forward.output_kernel, tile.warps), "inner": (backward.inner_kernel, tile.warps),
+            "outer": (backward.outer_kernel, tile.warps), "step": (decode.step_kernel, 8),
         }  # fmt: skip
         row = {"arch": arch, "dim": dim, "slots": slots, "groups": groups, "dtype": name, "gates": gates,
                "tile": tile._asdict(), "kernels": {}}  # fmt: skip
         for part, (kernel, warps) in kernels.items():
-            own = flags | ({"G": groups} if part == "step" else {})
+            own = {name: x for name, x in flags.items() if name != "G" or part != "output"}
             row["kernels"][part] = used = build(kernel, own, f"*{name}", states, arch, warps)
             if used["shared"] > SHARED[arch]:
                 failed.append((arch, dim, slots, name, gates, part, used["shared"]))

@@ -1,12 +1,16 @@
 """Time candidate tiles kernel by kernel on a GPU: what fills fused.TILES.
 
-    python docs/results/kernels/tiles.py OUT.json
+    python docs/results/kernels/tiles.py OUT.json [PROCESSES]
 
-Each candidate is checked against float64 first; one that is wrong or does not compile is reported and left out.
+Each candidate is checked against float64 first, many at once, as that takes a compiler each; one that is wrong or does
+not compile is reported and left out. Then they are timed one by one.
 """
 
+import itertools
 import json
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -16,11 +20,24 @@ from t2r.env import facts
 from t2r.kernels.gsa import fused
 from t2r.kernels.gsa.fused import Tile
 
-SHAPES = [Shape(8, 2048, 32, 8, 128, 64), Shape(32, 2048, 9, 3, 64, 64), Shape(8, 2048, 32, 32, 128, 64)]
-TILES = [
-    Tile(64, 2, output=8, inner=8, outer=8), Tile(64, 1), Tile(64, 1, output=8, inner=8, outer=8),
-    Tile(32, 4, output=8, inner=8, outer=4), Tile(32, 2), Tile(32, 1), Tile(64, 4, output=8, inner=8, outer=8),
-]  # fmt: skip
+# shape: tiles (chunk, heads, warps)
+CANDIDATES = {
+    Shape(8, 2048, 32, 8, 128, 64): [(32, 4, 8), (32, 2, 4), (16, 4, 4), (64, 2, 8)],
+    Shape(32, 2048, 9, 3, 64, 64): [(32, 4, 8), (32, 1, 4), (16, 4, 4)],
+    Shape(8, 2048, 32, 32, 128, 64): [(32, 1, 4), (64, 1, 4)],
+    Shape(8, 2048, 32, 8, 128, 128): [(32, 1, 8), (32, 2, 8), (16, 4, 8), (32, 4, 8)],
+    Shape(8, 2048, 32, 8, 128, 256): [(16, 1, 8), (16, 2, 8), (16, 4, 8)],
+}
+
+
+def check(candidate: tuple[Shape, Tile, str]) -> tuple[str, float] | str:
+    """The worst error of a candidate, or why there is none."""
+    shape, tile, gates = candidate
+    fused.tile_for = lambda *args: tile
+    try:
+        return max(errors(shape._replace(B=1, T=257), gates).items(), key=lambda x: x[1])
+    except Exception as error:  # a candidate may exceed the hardware: that is an answer
+        return repr(error)[:300]
 
 
 def kernel_times(run) -> dict[str, float]:
@@ -34,36 +51,37 @@ def kernel_times(run) -> dict[str, float]:
     return dict(sorted(((k, round(t, 4)) for k, t in times.items() if t > 0), key=lambda x: -x[1])[:9])
 
 
-def main(out: str) -> None:
-    table, record = fused.tile_for, []
-    for shape in SHAPES:
-        for tile in TILES:
-            if tile.heads > shape.HQ // shape.H:
-                continue
-            fused.tile_for = lambda *args, tile=tile: tile
-            for gates in ("paper", "exact"):
-                row = {"shape": shape, "tile": tile, "gates": gates}
-                try:
-                    worst = max(errors(shape._replace(B=1, T=257), gates).items(), key=lambda x: x[1])
-                    row["worst"] = worst
-                    args, spec = inputs(shape, gates), spec_of(gates, shape.M)
-                    do = torch.randn_like(args["q"])
+def time_one(shape: Shape, tile: Tile, gates: str) -> dict:
+    fused.tile_for = lambda *args: tile
+    args, spec = inputs(shape, gates), spec_of(gates, shape.M)
+    do = torch.randn_like(args["q"])
 
-                    def both(args=args, spec=spec, do=do):
-                        return torch.autograd.grad(ours(args, spec, "triton"), list(args.values()), do)
+    def both():
+        return torch.autograd.grad(ours(args, spec, "triton"), list(args.values()), do)
 
-                    if worst[1] < TOLERANCE:
-                        with torch.no_grad():
-                            row["forward_ms"] = median(lambda args=args, spec=spec: ours(args, spec, "triton"))
-                        row["both_ms"], row["kernels_ms"] = median(both), kernel_times(both)
-                except Exception as error:  # a candidate may exceed the hardware: that is an answer
-                    row["error"] = repr(error)[:200]
-                record.append(row)
-                print(json.dumps(row), flush=True)
-                with open(out, "w") as file:
-                    json.dump({"facts": facts(), "rows": record}, file, indent=1)
-    fused.tile_for = table
+    with torch.no_grad():
+        forward = median(lambda: ours(args, spec, "triton"))
+    return {"forward_ms": forward, "both_ms": median(both), "kernels_ms": kernel_times(both)}
+
+
+def main(out: str, processes: int = 8) -> None:
+    candidates = [
+        (shape, Tile(*tile), gates)
+        for shape, tiles in CANDIDATES.items()
+        for tile, gates in itertools.product(tiles, ("paper", "exact"))
+    ]
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        checked = list(pool.map(check, candidates))
+    record = []
+    for (shape, tile, gates), worst in zip(candidates, checked, strict=True):
+        row = {"shape": shape, "tile": tile, "gates": gates, "worst": worst}
+        if not isinstance(worst, str) and worst[1] < TOLERANCE:
+            row |= time_one(shape, tile, gates)
+        record.append(row)
+        print(json.dumps(row), flush=True)
+        with open(out, "w") as file:
+            json.dump({"facts": facts(), "rows": record}, file, indent=1)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], *map(int, sys.argv[2:]))

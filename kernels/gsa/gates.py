@@ -1,0 +1,236 @@
+"""Triton kernels of the gates: from logits to what the other kernels read of them, and the gradient back.
+
+    gates_kernel       log alpha and write weights of a chunk; cumulative decays, their classes (tile.py) and anchors
+    occupancy_kernel   after the scan: what a normalised read needs of the occupancy at each token
+    logits_kernel      backward: from the gradients of decays and write weights to those of the gates' inputs
+
+They are elementwise but for sums over a chunk's tokens, so a program takes BM of the M slots: little code and few
+registers, where a whole tile would take 12,000 instructions, more than a multiprocessor's cache holds.
+
+Shape legend: spec.py, tile.py; n = chunks, BM slots of a program.
+"""
+
+import triton
+import triton.language as tl
+
+from .functions import expm1, log, log1p, sigmoid
+from .tile import SPAN, add_tile, chunk_span, load_tile, sum_tokens
+
+EMPTY = tl.constexpr(2.0**-100)  # spec.EMPTY
+FLOOR = tl.constexpr(-60.0)  # least log alpha of one token: e^-60 is nothing beside a write, yet no denormal
+
+
+@triton.jit
+def load_positions(positions, row0, count, C: tl.constexpr, HAS_POSITIONS: tl.constexpr):
+    """Position [C] of each token, -1 for padding and outside the chunk; without positions 0 where there is a token."""
+    t = tl.arange(0, C)
+    if HAS_POSITIONS:
+        return tl.load(positions + row0 + t, mask=t < count, other=-1).to(tl.int32)
+    else:
+        return tl.where(t < count, 0, -1)
+
+
+@triton.jit
+def on_turn(position, m, RING: tl.constexpr, SINKS: tl.constexpr):
+    """[C,BM]: is the slot m [BM] on turn (spec.GSASpec.turn)."""
+    turn = tl.where(position < RING, position, SINKS + (position - RING) % (RING - SINKS))
+    return turn[:, None] == m[None, :]
+
+
+@triton.jit
+def load_gates(gate, s, write, keep, position, row0, count, h, H, rate, m, FORM: tl.constexpr, RING: tl.constexpr,
+               SINKS: tl.constexpr, HAS_S: tl.constexpr, C: tl.constexpr, M: tl.constexpr):  # fmt: skip
+    """Gates of one chunk, head and slots m [BM], as spec.gates: (log alpha floored, write weight, pre-activation), each
+    [C,BM]. rate = 1 / damping."""
+    t = tl.arange(0, C)
+    first = (row0 * H + h) * M
+    at = (t * (H * M))[:, None] + m[None, :]
+    x = tl.load(gate + first + at, mask=(t < count)[:, None], other=0.0).to(tl.float32)
+    if RING:
+        on = tl.load(write + h * M + m).to(tl.float32)
+        off = tl.load(keep + h * M + m).to(tl.float32)
+        bias = tl.where(on_turn(position, m, RING, SINKS), on[None, :], off[None, :])
+    else:
+        bias = 0.0
+    if FORM == "sigmoid":
+        x += bias
+        log_alpha = -(tl.maximum(-x, 0.0) + log1p(tl.exp(-tl.abs(x)))) * rate
+        w = -expm1(log_alpha)
+    elif FORM == "linear":
+        x = x * rate + bias
+        w = tl.minimum(tl.maximum(x, 0.0), 1.0)
+        log_alpha = tl.where(w < 1.0, log1p(-tl.where(w < 1.0, w, 0.0)), FLOOR)
+    else:
+        log_alpha = x
+        w = -expm1(log_alpha)
+    if HAS_S:
+        w = tl.load(s + first + at, mask=(t < count)[:, None], other=0.0).to(tl.float32)
+    real = (position >= 0)[:, None]
+    return tl.where(real, tl.maximum(log_alpha, FLOOR), 0.0), tl.where(real, w, 0.0), x
+
+
+@triton.jit
+def classify(log_alpha, FORM: tl.constexpr):
+    """[C,M] log alpha -> class of every token, int32, from 0 and under C.
+
+    A gate is a break where log alpha < -16; in the linear form, whose d alpha is d log alpha / alpha, already where
+    alpha < 1/4, so that its d log alpha is summed without cancellation. Counted in whole numbers of SPAN / 2^17 nats, a
+    break as 2^17: a later token's class is never smaller, and a break always begins one. (A chunk's first token has
+    nothing before it to break with.)"""
+    if FORM == "linear":
+        broken = log_alpha < -1.3862944
+    else:
+        broken = log_alpha < -16.0
+    steps = tl.where(broken, 1 << 17, (log_alpha * (-(1 << 17) / SPAN)).to(tl.int32))
+    steps = tl.where((tl.arange(0, log_alpha.shape[0]) > 0)[:, None], steps, 0)
+    return tl.cumsum(steps, axis=0) >> 17
+
+
+@triton.jit(do_not_specialize=["T", "chunks_per_row"])
+def gates_kernel(
+    gate, s, write, keep, positions, table, decay, occupancy, L, label, anchors, decayed, in_class, written, w, suffix, last,
+    T, chunks_per_row, H, rate,
+    PACKED: tl.constexpr, FORM: tl.constexpr, RING: tl.constexpr, SINKS: tl.constexpr, OCCUPANCY: tl.constexpr,
+    HAS_S: tl.constexpr, HAS_POSITIONS: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+    M: tl.constexpr, BM: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Of one chunk, head and BM slots: tiles [n,H,C,M] L = cumulative log alpha, label (int8) = class, w = write weight,
+    suffix = decay from after a token to the chunk's end, decayed = `row` of class 0, in_class = `row` of a token's own
+    class, written = `col` of it times w, in the matrix products' type; anchors [n,H,C,M] = L at the first token of every class, by label;
+    decay [n,H,M] = L_end; occupancy [n,H,M] = what the chunk writes of it, if asked; last [n,H,M/BM] = the largest label
+    of these slots."""
+    pid = tl.program_id(0)
+    chunk, h = pid // H, pid % H
+    row, begin, count = chunk_span(table, chunk, T, chunks_per_row, C, PACKED)
+    if count <= 0:
+        return
+    m = tl.program_id(1) * BM + tl.arange(0, BM)
+    position = load_positions(positions, row * T + begin, count, C, HAS_POSITIONS)
+    log_alpha, weight, _x = load_gates(
+        gate, s, write, keep, position, row * T + begin, count, h, H, rate, m, FORM, RING, SINKS, HAS_S, C, M
+    )
+    total, labels = tl.cumsum(log_alpha, axis=0), classify(log_alpha, FORM)
+    add_tile(L, total, pid, m, False, C, M)
+    add_tile(label, labels, pid, m, False, C, M)
+    add_tile(w, weight, pid, m, False, C, M)
+    t = tl.arange(0, C)
+    later = t[None, :] > t[:, None]
+    add_tile(suffix, tl.exp(sum_tokens(later, log_alpha, DTYPE, PRECISION)), pid, m, False, C, M)
+    classes = tl.max(tl.max(labels, axis=1), axis=0)
+    tl.store(last + pid * (M // BM) + tl.program_id(1), classes)
+    begin_of_class = total
+    for c in range(0, classes + 1):
+        anchor = tl.max(tl.where(labels == c, total, float("-inf")), axis=0)
+        anchor = tl.where(anchor == float("-inf"), 0.0, anchor)  # no member: any finite number will do
+        tl.store(anchors + (pid.to(tl.int64) * C + c) * M + m, anchor)
+        begin_of_class = tl.where(labels == c, anchor[None, :], begin_of_class)
+    first_token = tl.sum(tl.where((t == 0)[:, None], log_alpha, 0.0), axis=0)
+    add_tile(decayed, tl.exp(total - first_token[None, :]), pid, m, False, C, M)
+    add_tile(in_class, tl.exp(total - begin_of_class), pid, m, False, C, M)
+    add_tile(written, tl.exp(begin_of_class - total) * weight, pid, m, False, C, M)
+    end = tl.sum(log_alpha, axis=0)
+    tl.store(decay + pid.to(tl.int64) * M + m, end)
+    if OCCUPANCY:
+        tl.store(occupancy + pid.to(tl.int64) * M + m, -expm1(end))
+
+
+@triton.jit
+def inverse_and_log(z):
+    """1 / z and log2 z of an occupancy; 0 and -3e38 for an empty slot, which `read` then gives no weight."""
+    present = z > EMPTY
+    z = tl.where(present, z, 1.0)
+    return tl.where(present, 1.0 / z, 0.0), tl.where(present, log(z) * 1.4426950408889634, -3e38)
+
+
+@triton.jit
+def occupancy_kernel(
+    occupancy, L, inverse, log_z, M: tl.constexpr, BM: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Tiles [n,H,C,M]: 1 / z and log2 z of the occupancy z after each token, z_0 e^L + (1 - e^L), as every write weight
+    is one minus its decay."""
+    pid = tl.program_id(0)
+    m = tl.program_id(1) * BM + tl.arange(0, BM)
+    total = load_tile(L, pid, m, C, M)
+    z = tl.load(occupancy + pid.to(tl.int64) * M + m)[None, :] * tl.exp(total) - expm1(total)
+    inverted, logarithm = inverse_and_log(z)
+    add_tile(inverse, inverted, pid, m, False, C, M)
+    add_tile(log_z, logarithm, pid, m, False, C, M)
+
+
+@triton.jit(do_not_specialize=["T", "chunks_per_row"])
+def logits_kernel(
+    gate, s, write, keep, positions, table, decay, occupancy, d_occupancy, L, label, own, rows, met, after, across,
+    z_rows, through, dgate, ds, d_bias,
+    T, chunks_per_row, H, rate,
+    PACKED: tl.constexpr, FORM: tl.constexpr, RING: tl.constexpr, SINKS: tl.constexpr, OCCUPANCY: tl.constexpr,
+    HAS_S: tl.constexpr, HAS_POSITIONS: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+    M: tl.constexpr, BM: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """From the sums of backward.py, tiles [n,H,C,M] but for through [n,H,M], to dgate [B,T,H,M], ds (if s was given)
+    and the chunk's part of the gradients of write and keep, d_bias [n,H,2,M]."""
+    pid = tl.program_id(0)
+    chunk, h = pid // H, pid % H
+    row, begin, count = chunk_span(table, chunk, T, chunks_per_row, C, PACKED)
+    m = tl.program_id(1) * BM + tl.arange(0, BM)
+    bias_at = pid.to(tl.int64) * (2 * M) + m
+    if count <= 0:
+        if RING:
+            tl.store(d_bias + bias_at, tl.zeros([BM], tl.float32))
+            tl.store(d_bias + bias_at + M, tl.zeros([BM], tl.float32))
+        return
+    row0 = row * T + begin
+    position = load_positions(positions, row0, count, C, HAS_POSITIONS)
+    log_alpha, weight, x = load_gates(
+        gate, s, write, keep, position, row0, count, h, H, rate, m, FORM, RING, SINKS, HAS_S, C, M
+    )
+    t = tl.arange(0, C)
+    from_here, before = t[None, :] >= t[:, None], t[None, :] < t[:, None]
+    at = pid.to(tl.int64) * M + m
+    end = tl.load(decay + at)
+    after_chunk = tl.exp(end - tl.load(L + pid.to(tl.int64) * (C * M) + m)) * tl.load(through + at)
+    inside = load_tile(rows, pid, m, C, M) - weight * load_tile(met, pid, m, C, M)
+    if OCCUPANCY:
+        after_chunk += tl.exp(end) * tl.load(d_occupancy + at) * (tl.load(occupancy + at) - 1.0)
+        z = load_tile(z_rows, pid, m, C, M)
+        inside += z
+    grad_log = sum_tokens(from_here, inside, DTYPE, PRECISION)
+    if FORM == "linear":
+        # at the start of a class the common sum is of large terms that cancel, the gradient is what crosses it
+        crossing = load_tile(across, pid, m, C, M)
+        if OCCUPANCY:
+            crossing += sum_tokens(from_here, z, DTYPE, PRECISION)
+        grad_log = tl.where(begins_class(label, pid, m, C, M), crossing, grad_log)
+    later = load_tile(after, pid, m, C, M)
+    grad_log += sum_tokens(before, weight * later, DTYPE, PRECISION) + after_chunk[None, :]
+    grad_w = load_tile(own, pid, m, C, M) + load_tile(met, pid, m, C, M) + later
+    at = (row0 * H + h) * M + (t * (H * M))[:, None] + m[None, :]
+    mask = (t < count)[:, None]
+    real = (position >= 0)[:, None]
+    if HAS_S:
+        tl.store(ds + at, tl.where(real, grad_w, 0.0), mask=mask)
+        grad_w = tl.zeros([C, BM], tl.float32)
+    if FORM == "linear":
+        grad_x = grad_w - grad_log * tl.exp(-log_alpha)
+        grad_x = tl.where(real & (x >= 0.0) & (x <= 1.0), grad_x, 0.0)
+        slope = rate
+    elif FORM == "sigmoid":
+        grad_x = (grad_log - grad_w * tl.exp(log_alpha)) * sigmoid(-x) * rate
+        grad_x = tl.where(real, grad_x, 0.0)
+        slope = 1.0
+    else:
+        grad_x = tl.where(real, grad_log - grad_w * tl.exp(log_alpha), 0.0)
+        slope = 1.0
+    tl.store(dgate + at, (grad_x * slope).to(dgate.dtype.element_ty), mask=mask)
+    if RING:
+        turn = on_turn(position, m, RING, SINKS)
+        tl.store(d_bias + bias_at, tl.sum(tl.where(turn, grad_x, 0.0), axis=0))
+        tl.store(d_bias + bias_at + M, tl.sum(tl.where(turn, 0.0, grad_x), axis=0))
+
+
+@triton.jit
+def begins_class(label, pid, m, C: tl.constexpr, M: tl.constexpr):
+    """[C,BM]: is the token the first of its class (the chunk's first token is)."""
+    t = tl.arange(0, C)
+    at = label + pid.to(tl.int64) * (C * M) + ((t * M)[:, None] + m[None, :])
+    before = tl.load(at - M, mask=(t > 0)[:, None] & (m >= 0)[None, :], other=-1)
+    return tl.load(at) > before
