@@ -144,6 +144,7 @@ def train(
     flops = training_flops(student, stage)
     universal = newest is not None and of_other_world(newest, group)
     step = Step(STAGES[stage.kind](stage), student, teacher)
+    linear = torch.nn.functional.linear
     engine = initialize(step, groups, config.deepspeed, stage, group, universal)
     start = resume(engine, newest, source, group) if newest else 0
     log = Log(out, stage, start, flops, peak_flops(group), config.log) if group.rank == 0 else None
@@ -198,6 +199,7 @@ def train(
             raise
         raise lost("another process of this run is gone", out) from error
     finally:
+        torch.nn.functional.linear = linear  # ZeRO 3 puts its own in that place, for all that this process does later
         if log:
             log.close()
     engine.destroy()
