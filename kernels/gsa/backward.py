@@ -50,7 +50,8 @@ def inner_kernel(
 ):  # fmt: skip
     """One chunk and kv head, GB query heads at a time: dlogits [B,T,H*G,M]; dv [B,T,H,E] inside the chunk; adjoint
     [n,H,D+E,M] and d_occupancy [n,H,M]: the gains for the reverse scan; tiles [n,H,C,M]: own, the gradient of w by what
-    tokens read of themselves; rows, sums of u times what was read before; met, the values' part; across, if LINEAR, the
+    tokens read of themselves; rows, sums of u times what was read before; met, the values' part of the gradient of what
+    tokens wrote; across, if LINEAR, the
     values' part and the first token's; z_rows, d log alpha at each row through the occupancy."""
     pid = tl.program_id(0)
     chunk, h = pid // H, pid % H
@@ -183,7 +184,7 @@ def flow(u, x, y, K0, decayed, written, L, label, anchors, in_class, pid, classe
 
 @triton.jit(do_not_specialize=["T", "chunks_per_row"])
 def outer_kernel(
-    q, q_sink, k, v, table, states, adjoint, L, label, anchors, decayed, in_class, written, w, suffix, last, dlogits, dq, dq_sink,
+    q, q_sink, k, v, table, states, adjoint, L, label, anchors, decayed, in_class, written, left, last, dlogits, dq, dq_sink,
     dk, dv, met, after, across, through,
     T, chunks_per_row, H, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
     PACKED: tl.constexpr, LINEAR: tl.constexpr, SINKS: tl.constexpr, HAS_SINK: tl.constexpr, PRECISION: tl.constexpr,
@@ -191,8 +192,8 @@ def outer_kernel(
     C: tl.constexpr, G: tl.constexpr, GB: tl.constexpr,
 ):  # fmt: skip
     """One chunk and kv head, GB query heads at a time: dq [B,T,H*G,D], dk [B,T,H,D]; adds to dv what flows through the
-    memory after the chunk, and to met and across [n,H,C,M] the keys' part; after [n,H,C,M] is the gradient of w through
-    that memory, through [n,H,M] that of the memory before the chunk's decay."""
+    memory after the chunk, and to met and across [n,H,C,M] the keys' part; after [n,H,C,M] is the gradient of what a
+    token left in that memory, through [n,H,M] that of the memory before the chunk's decay."""
     pid = tl.program_id(0)
     chunk, h = pid // H, pid % H
     batch, begin, count = chunk_span(table, chunk, T, chunks_per_row, C, PACKED)
@@ -233,18 +234,17 @@ def outer_kernel(
     if LINEAR:
         add_tile(across, crossed, pid, m, True, C, M)
 
-    decay = load_tile(suffix, pid, m, C, M)
-    left = (decay * load_tile(w, pid, m, C, M)).to(DTYPE)
+    remaining = load_tile(left, pid, m, C, M)
     dK = load_state(adjoint, first, 0, D, BD, M)
     gone = tl.sum(K0.to(tl.float32) * dK.to(tl.float32), axis=0)
     held = tl.dot(y, dK, input_precision=PRECISION)
-    dy = tl.dot(left, tl.trans(dK), dy, input_precision=PRECISION)
+    dy = tl.dot(remaining, tl.trans(dK), dy, input_precision=PRECISION)
     add_rows(dk, dy, (row0 * H + h) * D, H * D, columns, False, C, D, BD)
     dV = load_state(adjoint, first, D, E, BE, M)
     gone += tl.sum(load_state(states, first, D, E, BE, M).to(tl.float32) * dV.to(tl.float32), axis=0)
     y = load_rows(v, batch * v_b + begin * v_t + h * v_h, v_t, 0, columns, C, 1, E, BE).to(DTYPE)
     held = tl.dot(y, dV, held, input_precision=PRECISION)
-    dy = tl.dot(left, tl.trans(dV), input_precision=PRECISION)
+    dy = tl.dot(remaining, tl.trans(dV), input_precision=PRECISION)
     add_rows(dv, dy, (row0 * H + h) * E, H * E, columns, True, C, E, BE)
-    add_tile(after, held * decay, pid, m, False, C, M)
+    add_tile(after, held, pid, m, False, C, M)
     tl.store(through + pid.to(tl.int64) * M + m, gone)

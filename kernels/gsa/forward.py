@@ -35,7 +35,7 @@ from .tile import (
 
 @triton.jit(do_not_specialize=["T", "chunks_per_row"])
 def written_kernel(
-    k, v, table, states, w, suffix, T, chunks_per_row, H, k_b, k_t, k_h, v_b, v_t, v_h,
+    k, v, table, states, left, T, chunks_per_row, H, k_b, k_t, k_h, v_b, v_t, v_h,
     PACKED: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr,
     BE: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
@@ -47,22 +47,22 @@ def written_kernel(
         return
     columns, m = row_mask(count, 1, C, 1), tl.arange(0, M)
     DTYPE = states.dtype.element_ty
-    left = (load_tile(suffix, pid, m, C, M) * load_tile(w, pid, m, C, M)).to(DTYPE)
+    weight = load_tile(left, pid, m, C, M)
     first = pid.to(tl.int64) * ((D + E) * M)
     x = load_rows(k, row * k_b + begin * k_t + h * k_h, k_t, 0, columns, C, 1, D, BD)
-    gain = tl.dot(tl.trans(x.to(DTYPE)), left, input_precision=PRECISION)
+    gain = tl.dot(tl.trans(x.to(DTYPE)), weight, input_precision=PRECISION)
     add_state(states, gain, first, 0, False, D, BD, M)
     x = load_rows(v, row * v_b + begin * v_t + h * v_h, v_t, 0, columns, C, 1, E, BE)
-    gain = tl.dot(tl.trans(x.to(DTYPE)), left, input_precision=PRECISION)
+    gain = tl.dot(tl.trans(x.to(DTYPE)), weight, input_precision=PRECISION)
     add_state(states, gain, first, D, False, E, BE, M)
 
 
 @triton.jit(do_not_specialize=["chunks_per_row"])
 def scan_kernel(
-    states, decay, L, occupancy, begin_keys, begin_values, begin_occupancy, end_keys, end_values, end_occupancy, bounds,
+    states, decay, first_decay, occupancy, begin_keys, begin_values, begin_occupancy, end_keys, end_values, end_occupancy, bounds,
     chunks_per_row, H,
     PACKED: tl.constexpr, REVERSE: tl.constexpr, OCCUPANCY: tl.constexpr, HAS_BEGIN: tl.constexpr,
-    HAS_END: tl.constexpr, D: tl.constexpr, E: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BF: tl.constexpr,
+    HAS_END: tl.constexpr, D: tl.constexpr, E: tl.constexpr, M: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
     """Over a document's chunks in order, carry = e^decay carry + gain, starting from `begin` [N,H,M,D|E] and ending in
     `end`; each gain [chunk,h,D+E,M] is replaced by the carry before it, decayed by the chunk's first token. REVERSE:
@@ -96,7 +96,7 @@ def scan_kernel(
         at = chunk * H + h
         kept = tl.exp(tl.load(decay + at * M + m))
         here = states + at * ((D + E) * M) + f[:, None] * M + m[None, :]
-        first_token = tl.exp(tl.load(L + at * (C * M) + m))[None, :]
+        first_token = tl.exp(tl.load(first_decay + at * M + m))[None, :]
         gain = tl.load(here, mask=inside, other=0.0).to(tl.float32)
         if REVERSE:
             tl.store(here, carry.to(states.dtype.element_ty), mask=inside)

@@ -47,6 +47,7 @@ class Row(NamedTuple):
 
 # The first row that fits is taken. Times and errors: docs/results/kernels/.
 TILES = [
+    Row(90_000, 2, 128, 32, chunk=32, rows=32, warps=2),
     Row(200_000, 2, 128, 64, chunk=32, rows=128),
     Row(160_000, 2, 256, 64, chunk=32, rows=32, warps=8),
     Row(160_000, 2, 128, 128, chunk=32, rows=32, warps=8),
@@ -127,7 +128,7 @@ class Launch:
     """Tile, scratch and the arguments that the kernels of one call share, by the names that the kernels have for them."""
 
     def __init__(self, q, k, v, q_sink, gate, s, write, keep, positions, table, bounds, form, damping, ring, sinks,
-                 normalised, scale):  # fmt: skip
+                 normalised, scale, backward=False):  # fmt: skip
         B, T, HQ, D = q.shape
         H, M, E = k.shape[2], gate.shape[-1], v.shape[-1]
         self.tile = tile_for(max(D, E), M, HQ // H, q.dtype, shared_memory(q.device))
@@ -147,11 +148,12 @@ class Launch:
             "D": D, "BD": triton.next_power_of_2(D), "E": E, "BE": triton.next_power_of_2(E), "M": M, "BM": self.slots,
             "BLOCKS": M // self.slots, "C": C, "GB": self.tile.heads,
             "L": self.scratch(C, M), "label": self.scratch(C, M, dtype=torch.int8), "anchors": self.scratch(C, M),
-            "w": self.scratch(C, M), "suffix": self.scratch(C, M), "decayed": self.scratch(C, M),
-            "in_class": self.scratch(C, M),
-            "written": self.scratch(C, M, dtype=self.dtype), "decay": self.scratch(M),
+            "decayed": self.scratch(C, M), "in_class": self.scratch(C, M),
+            "written": self.scratch(C, M, dtype=self.dtype), "left": self.scratch(C, M, dtype=self.dtype),
+            "w": self.scratch(C, M) if backward else None, "BACKWARD": backward, "decay": self.scratch(M),
+            "first_decay": self.scratch(M), "last": self.scratch(M // self.slots, dtype=torch.int32),
             "inverse": self.scratch(C, M) if normalised else None, "log_z": self.scratch(C, M) if normalised else None,
-            "last": self.scratch(M // self.slots, dtype=torch.int32), **self.memory(normalised),
+            **self.memory(normalised),
         }  # fmt: skip
 
     def scratch(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -180,10 +182,10 @@ class Launch:
         H, M, D, E = self.shape
         features = 8
         forward.scan_kernel[(self.documents * H, triton.cdiv(D + E, features))](
-            states, self.args["decay"], self.args["L"], occupancy, *(begin or (None,) * 3), *(end or (None,) * 3),
+            states, self.args["decay"], self.args["first_decay"], occupancy, *(begin or (None,) * 3), *(end or (None,) * 3),
             self.bounds, self.args["chunks_per_row"], H, PACKED=self.bounds is not None, REVERSE=reverse,
             OCCUPANCY=occupancy is not None, HAS_BEGIN=begin is not None, HAS_END=end is not None, D=D, E=E, M=M,
-            C=self.tile.chunk, BF=features, num_warps=4,
+            BF=features, num_warps=4,
         )  # fmt: skip
 
     def write(self, begin, end) -> None:
@@ -250,7 +252,7 @@ def gsa_backward(
     """Gradients of q, k, v, gate, s, write, keep, q_sink, keys, values, occupancy; empty where there was no input."""
     launch = Launch(
         *prepare(q, k, v, q_sink, gate, s, silu), write, keep, positions, table, bounds, form, damping, ring, sinks,
-        normalised, scale,
+        normalised, scale, backward=True,
     )  # fmt: skip
     launch.write(None if keys is None else (keys, values, occupancy), None)
     M, C, linear = gate.shape[-1], launch.tile.chunk, form == "linear"

@@ -88,17 +88,21 @@ def classify(log_alpha, FORM: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "chunks_per_row"])
 def gates_kernel(
-    gate, s, write, keep, positions, table, decay, occupancy, L, label, anchors, decayed, in_class, written, w, suffix, last,
+    gate, s, write, keep, positions, table, decay, first_decay, occupancy, L, label, anchors, decayed, in_class, written,
+    left, w, last,
     T, chunks_per_row, H, rate,
     PACKED: tl.constexpr, FORM: tl.constexpr, RING: tl.constexpr, SINKS: tl.constexpr, OCCUPANCY: tl.constexpr,
     HAS_S: tl.constexpr, HAS_POSITIONS: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
-    M: tl.constexpr, BM: tl.constexpr, C: tl.constexpr,
+    BACKWARD: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Of one chunk, head and BM slots: tiles [n,H,C,M] L = cumulative log alpha, label (int8) = class, w = write weight,
-    suffix = decay from after a token to the chunk's end, decayed = `row` of class 0, in_class = `row` of a token's own
-    class, written = `col` of it times w, in the matrix products' type; anchors [n,H,C,M] = L at the first token of every class, by label;
-    decay [n,H,M] = L_end; occupancy [n,H,M] = what the chunk writes of it, if asked; last [n,H,M/BM] = the largest label
-    of these slots."""
+    """Of one chunk, head and BM slots, each only where somebody will read it:
+
+    decay, first_decay [n,H,M]: L_end, L of the first token; occupancy [n,H,M]: what the chunk writes of it.
+    Tiles [n,H,C,M]: L = cumulative log alpha; label (int8) = class; decayed = `row` of class 0; in_class = `row` of a
+    token's own class; w = write weight; in the matrix products' type: written = w times `col`, left = w times the decay
+    from the token to the chunk's end.
+    anchors [n,H,C,M]: L at the first token of every class, by label; last [n,H,M/BM]: the largest label of these slots.
+    """
     pid = tl.program_id(0)
     chunk, h = pid // H, pid % H
     row, begin, count = chunk_span(table, chunk, T, chunks_per_row, C, PACKED)
@@ -110,28 +114,38 @@ def gates_kernel(
         gate, s, write, keep, position, row * T + begin, count, h, H, rate, m, FORM, RING, SINKS, HAS_S, C, M
     )
     total, labels = tl.cumsum(log_alpha, axis=0), classify(log_alpha, FORM)
-    add_tile(L, total, pid, m, False, C, M)
-    add_tile(label, labels, pid, m, False, C, M)
-    add_tile(w, weight, pid, m, False, C, M)
-    t = tl.arange(0, C)
-    later = t[None, :] > t[:, None]
-    add_tile(suffix, tl.exp(sum_tokens(later, log_alpha, DTYPE, PRECISION)), pid, m, False, C, M)
     classes = tl.max(tl.max(labels, axis=1), axis=0)
     tl.store(last + pid * (M // BM) + tl.program_id(1), classes)
-    begin_of_class = total
-    for c in range(0, classes + 1):
-        anchor = tl.max(tl.where(labels == c, total, float("-inf")), axis=0)
-        anchor = tl.where(anchor == float("-inf"), 0.0, anchor)  # no member: any finite number will do
+    t = tl.arange(0, C)
+    first_token = tl.sum(tl.where((t == 0)[:, None], log_alpha, 0.0), axis=0)
+    at = pid.to(tl.int64) * M + m
+    end = tl.sum(log_alpha, axis=0)
+    tl.store(decay + at, end)
+    tl.store(first_decay + at, first_token)
+    if OCCUPANCY:
+        tl.store(occupancy + at, -expm1(end))
+    begin_of_class = tl.zeros([C, BM], tl.float32) + first_token[None, :]
+    for c in range(1, classes + 1):
+        anchor = tl.max(tl.where(labels == c, total, -3e38), axis=0)  # where the class has no member any number will do
         tl.store(anchors + (pid.to(tl.int64) * C + c) * M + m, anchor)
         begin_of_class = tl.where(labels == c, anchor[None, :], begin_of_class)
-    first_token = tl.sum(tl.where((t == 0)[:, None], log_alpha, 0.0), axis=0)
+    since = total - begin_of_class
+    add_tile(label, labels, pid, m, False, C, M)
     add_tile(decayed, tl.exp(total - first_token[None, :]), pid, m, False, C, M)
-    add_tile(in_class, tl.exp(total - begin_of_class), pid, m, False, C, M)
-    add_tile(written, tl.exp(begin_of_class - total) * weight, pid, m, False, C, M)
-    end = tl.sum(log_alpha, axis=0)
-    tl.store(decay + pid.to(tl.int64) * M + m, end)
+    add_tile(written, tl.exp(-since) * weight, pid, m, False, C, M)
+    to_end = tl.exp(sum_tokens(t[None, :] > t[:, None], log_alpha, DTYPE, PRECISION))
+    add_tile(left, to_end * weight, pid, m, False, C, M)
+    if BACKWARD:
+        add_tile(w, weight, pid, m, False, C, M)
+        add_tile(in_class, tl.exp(since), pid, m, False, C, M)
+    else:
+        if classes > 0:
+            add_tile(in_class, tl.exp(since), pid, m, False, C, M)
     if OCCUPANCY:
-        tl.store(occupancy + pid.to(tl.int64) * M + m, -expm1(end))
+        add_tile(L, total, pid, m, False, C, M)
+    else:
+        if classes > 1:
+            add_tile(L, total, pid, m, False, C, M)
 
 
 @triton.jit
@@ -159,8 +173,8 @@ def occupancy_kernel(
 
 @triton.jit(do_not_specialize=["T", "chunks_per_row"])
 def logits_kernel(
-    gate, s, write, keep, positions, table, decay, occupancy, d_occupancy, L, label, own, rows, met, after, across,
-    z_rows, through, dgate, ds, d_bias,
+    gate, s, write, keep, positions, table, decay, first_decay, occupancy, d_occupancy, label, in_class, own, rows, met,
+    after, across, z_rows, through, dgate, ds, d_bias,
     T, chunks_per_row, H, rate,
     PACKED: tl.constexpr, FORM: tl.constexpr, RING: tl.constexpr, SINKS: tl.constexpr, OCCUPANCY: tl.constexpr,
     HAS_S: tl.constexpr, HAS_POSITIONS: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
@@ -187,8 +201,9 @@ def logits_kernel(
     from_here, before = t[None, :] >= t[:, None], t[None, :] < t[:, None]
     at = pid.to(tl.int64) * M + m
     end = tl.load(decay + at)
-    after_chunk = tl.exp(end - tl.load(L + pid.to(tl.int64) * (C * M) + m)) * tl.load(through + at)
-    inside = load_tile(rows, pid, m, C, M) - weight * load_tile(met, pid, m, C, M)
+    after_chunk = tl.exp(end - tl.load(first_decay + at)) * tl.load(through + at)
+    inner_w = load_tile(met, pid, m, C, M) / load_tile(in_class, pid, m, C, M)
+    inside = load_tile(rows, pid, m, C, M) - weight * inner_w
     if OCCUPANCY:
         after_chunk += tl.exp(end) * tl.load(d_occupancy + at) * (tl.load(occupancy + at) - 1.0)
         z = load_tile(z_rows, pid, m, C, M)
@@ -200,9 +215,10 @@ def logits_kernel(
         if OCCUPANCY:
             crossing += sum_tokens(from_here, z, DTYPE, PRECISION)
         grad_log = tl.where(begins_class(label, pid, m, C, M), crossing, grad_log)
-    later = load_tile(after, pid, m, C, M)
-    grad_log += sum_tokens(before, weight * later, DTYPE, PRECISION) + after_chunk[None, :]
-    grad_w = load_tile(own, pid, m, C, M) + load_tile(met, pid, m, C, M) + later
+    to_end = tl.exp(sum_tokens(t[None, :] > t[:, None], log_alpha, DTYPE, PRECISION))
+    outer_w = load_tile(after, pid, m, C, M) * to_end
+    grad_log += sum_tokens(before, weight * outer_w, DTYPE, PRECISION) + after_chunk[None, :]
+    grad_w = load_tile(own, pid, m, C, M) + inner_w + outer_w
     at = (row0 * H + h) * M + (t * (H * M))[:, None] + m[None, :]
     mask = (t < count)[:, None]
     real = (position >= 0)[:, None]

@@ -165,15 +165,6 @@ def load_classes(last, pid, BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def column(L, label, anchors, pid, c, C: tl.constexpr, M: tl.constexpr):
-    """[C,M]: `col` of the tokens of class c, 0 for all others: see the module's text."""
-    m = tl.arange(0, M)
-    anchor = load_anchor(anchors, pid, c, C, M)[None, :]
-    mine = load_tile(label, pid, m, C, M) == c
-    return tl.where(mine, tl.exp(tl.minimum(anchor - load_tile(L, pid, m, C, M), SPAN)), 0.0)
-
-
-@triton.jit
 def row(L, label, anchors, in_class, pid, c, classes, C: tl.constexpr, GB: tl.constexpr, M: tl.constexpr):
     """[R,M]: `row` of the tokens of class c > 0 and later ones, 0 for earlier ones. In the class itself it is the tile
     `in_class`; of class 0 it is the tile `decayed`."""
@@ -237,17 +228,17 @@ def weights(p, left, pairs, written, L, label, anchors, in_class, pid, classes, 
     """Slot weights p [R,M] -> token weights [R,C]: sum_m p_i e^{L_i - L_j} w_j for j <= i; left is p times the tile
     `decayed`, in the tiles' type.
 
-    If MET also the gradient of w_j [C,M]: sum_i p_i pairs_ij e^{L_i - L_j}, with pairs as of `reads`."""
+    If MET also the gradient of what a token wrote, w_j `col_j`, [C,M]: sum_i p_i pairs_ij `row_i`, pairs as of `reads`."""
     A = tl.dot(left, tl.trans(written_in(written, label, pid, 0, C, M)), input_precision=PRECISION)
     met = tl.zeros([C, M], tl.float32)
     if MET:
-        met = tl.dot(tl.trans(pairs), left, input_precision=PRECISION) * column(L, label, anchors, pid, 0, C, M)
+        met = tl.dot(tl.trans(pairs), left, input_precision=PRECISION)
     for c in range(1, classes + 1):
         here = (p * row(L, label, anchors, in_class, pid, c, classes, C, GB, M)).to(left.dtype)
         A = tl.dot(here, tl.trans(written_in(written, label, pid, c, C, M)), A, input_precision=PRECISION)
         if MET:
-            col = column(L, label, anchors, pid, c, C, M)
-            met += tl.dot(tl.trans(pairs), here, input_precision=PRECISION) * col
+            mine = load_tile(label, pid, tl.arange(0, M), C, M) == c
+            met = tl.where(mine, tl.dot(tl.trans(pairs), here, input_precision=PRECISION), met)
     return up_to_own(A, C, GB).to(left.dtype), met
 
 

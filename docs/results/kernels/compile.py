@@ -36,7 +36,7 @@ GATES = {
 }
 INTEGERS = {"label": "*i8", "last": "*i32", "positions": "*i64"}
 ROWS = {"q", "k", "v", "gate", "do", "o", "dq", "dk", "dv", "dgate"}
-STATES = {"states", "adjoint", "dlogits", "written"}
+STATES = {"states", "adjoint", "dlogits", "written", "left"}
 
 
 def build(kernel, flags: dict, rows: str, states: str, arch: int, warps: int) -> dict:
@@ -93,7 +93,7 @@ def main(out: str) -> None:
             **spec, "RING": slots if gates == "exact" else 0, "LINEAR": gates == "exact", "PACKED": False,
             "HAS_S": False, "HAS_SINK": False, "REVERSE": False, "HAS_BEGIN": False, "HAS_END": False, "SILU": False,
             "PRECISION": "tf32x3" if name == "fp16" else "ieee", "D": dim, "BD": padded, "E": dim, "BE": padded,
-            "M": slots, "BM": min(slots, 32), "BLOCKS": slots // min(slots, 32), "C": tile.chunk, "G": groups, "GB": tile.heads,
+            "M": slots, "BM": min(slots, 32), "BLOCKS": slots // min(slots, 32), "C": tile.chunk, "BACKWARD": True, "G": groups, "GB": tile.heads,
             "DTYPE": tl.bfloat16 if name == "bf16" else tl.float32, "BF": 8, "GP": triton.next_power_of_2(groups),
         }  # fmt: skip
         kernels = {
