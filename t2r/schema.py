@@ -144,7 +144,8 @@ class DataConfig:
     """train, validation: files (.jsonl, .jsonl.gz, .jsonl.zst, .txt, .parquet, patterns such as train-*.jsonl.zst),
     `shipped:NAME` for text that comes with t2r, or hub data sets (org/name or org/name:subset).
     mix: in place of train, several such lists, each with its weight.
-    held_out: in place of validation, this share of the training documents, chosen by their hash.
+    held_out: in place of validation, this share of the training documents, chosen by their hash; of a .txt file, which
+        is one document, its end.
     field: the key of a document's text, or of a chat's messages: these go through the source's chat template, and only
         what the assistant says is learned.
     boundaries: documents that share a row do not see each other; false: rows are cut from one long text.

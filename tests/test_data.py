@@ -260,6 +260,25 @@ def test_held_out_documents_are_chosen_by_hash_and_never_trained_on(tmp_path, to
     assert again[: len(sets[1])] == sets[1]
 
 
+@pytest.mark.parametrize("chunk", ["The tide was out. ", "\u6f6e\u6c34\u9000\u4e86"])
+def test_of_a_text_file_the_end_is_held_out(tmp_path, tokenizer, chunk):
+    (tmp_path / "own.txt").write_text(chunk * 100, encoding="utf-8")
+    spec = [str(tmp_path / "own.txt")]
+    train, held = (
+        tokenise(request(spec, "text", 10**9, 0.25, held), tokenizer, tmp_path / "cache") for held in (False, True)
+    )
+    assert contents(train) == [tokenizer(chunk * 75)["input_ids"] + [tokenizer.eos_token_id]]
+    assert contents(held) == [tokenizer(chunk * 25)["input_ids"] + [tokenizer.eos_token_id]]
+
+
+@pytest.mark.parametrize("share, which, held", [(1e-9, "none", True), (1 - 1e-9, "all", False)])
+def test_a_share_that_leaves_nothing_is_told(tmp_path, tokenizer, share, which, held):
+    spec = [jsonl(tmp_path / "a.jsonl", TEXTS)]
+    what = rf"data.held_out is {share}, which holds out {which} of the data's documents \(4\) \(in .*a.jsonl\)"
+    with pytest.raises(UserError, match=f"{what}; nearest valid: data.held_out=0 data.validation="):
+        tokenise(request(spec, "text", 100, share, held), tokenizer, tmp_path / "cache")
+
+
 CHATML = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"

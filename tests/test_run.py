@@ -10,7 +10,7 @@ import yaml
 from t2r.cli import main
 from t2r.config import load, shipped
 from t2r.schema import RunConfig
-from t2r.train import engine
+from t2r.train import engine, finetune
 
 
 @pytest.fixture(scope="module")
@@ -99,10 +99,23 @@ def test_bad_input_is_one_line_and_leaves_nothing(config, tmp_path, capsys):
     refuses("stages.0.tokens is 'x', expected a whole number", config, "stages.0.tokens=x")
     refuses("no data at /none.txt", config, "data.train=[/none.txt]")
     refuses("document 1 has no text under 'body'", config, "data.field=body")
+    held = ["stages.0.validation_tokens=64", "data.held_out=1e-9"]
+    refuses("data.held_out is 1e-09, which holds out none of the data's documents (20)", config, *held)
     refuses("no such folder or file: /none", config, "source=/none")
     refuses("no configuration 'quik'", config, "compare.recipe=quik")
     if not torch.cuda.is_available():
         refuses("device is cuda, but torch sees no GPU; nearest valid: device=cpu", config, "device=cuda")
+
+
+def test_data_is_checked_before_anything_is_converted(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(finetune, "convert", lambda *args, **options: pytest.fail("converted in vain"))
+    (tmp_path / "own.txt").write_text("The tide was out. " * 30)
+    words = [f"data.train=[{tmp_path}/own.txt]", f"data.cache={tmp_path}/cache", "data.held_out=0.05"]
+    line = refused(capsys, "run", config, *words, "stages.1.validation_tokens=64", "--out", tmp_path / "run")
+    assert "the data has 28 tokens, less than one row of 32" in line and "data.held_out of data.train" in line
+    words += ["stages.1.context=1024", "stages.1.batch_tokens=2048", "--out", tmp_path / "again"]
+    line = refused(capsys, "run", config, *words)
+    assert "less than one row of 1024 and the token after it (in data.train)" in line
 
 
 def test_ls_lists_each_shipped_file_with_its_line(capsys):
@@ -150,7 +163,9 @@ def test_validate_needs_neither_gpu_nor_data_and_looks_into_variants(config, tmp
     raw["data"]["train"] = ["/elsewhere/*.jsonl"]
     copy.write_text(yaml.safe_dump(raw))
     assert main(["validate", str(copy), "device=cuda"]) == 0
-    assert "is valid, but here is no data at /elsewhere/*.jsonl" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "is valid, but not with the data here: no data at /elsewhere/*.jsonl" in said
+    assert f"not checked: {raw['source']}, data sets on the hub, whether the text is long enough" in said
     raw["variants"]["gpu"] = ["stages.0.tokns=1"]
     copy.write_text(yaml.safe_dump(raw))
     assert "unknown key 'stages.0.tokns'" in refused(capsys, "validate", copy)

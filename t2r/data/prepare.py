@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from t2r.data.packing import Mixture, Rows
-from t2r.data.tokens import Request, Tokens, check_hashes, request, tokenise, tokenise_ahead
+from t2r.data.tokens import Request, Tokens, check_hashes, check_text, request, tokenise, tokenise_ahead
 from t2r.errors import UserError
 from t2r.schema import DataConfig, PartConfig, RunConfig, StageConfig
 
 
 class RunData:
-    """The tokens of all stages of a run, for training and for validation. Raises UserError for data that is missing."""
+    """The tokens of all stages of a run, for training and for validation. Raises UserError for data that is missing, or
+    that has no row of a stage's context."""
 
     def __init__(self, settings: RunConfig, tokenizer) -> None:
         self.settings, data = settings, settings.data
@@ -18,6 +19,9 @@ class RunData:
         load = tokenise_ahead if data.stream else tokenise
         self.training = [load(wanted, tokenizer, data.cache) for wanted in training(settings)]
         self.held_out = [tokenise(wanted, tokenizer, data.cache) for wanted in validation(settings)]
+        for stage in settings.stages:
+            self.rows(stage, settings.seed)
+            self.validation_rows(stage)
 
     def rows(self, stage: StageConfig, seed: int) -> Mixture:
         names = part_names(self.settings.data)
@@ -75,11 +79,14 @@ def requests(data: DataConfig, needed: int, validation: bool) -> list[Request]:
 
 
 def check_data(settings: RunConfig) -> None:
-    """Raise UserError unless the first document of every file is there and has what the configuration says."""
+    """Raise UserError unless the first document of every file is there and has what the configuration says, and files
+    leave something to train on and to validate with. Hub data sets are not read."""
     for wanted in [*training(settings), *validation(settings)]:
-        for source in wanted.sources:
-            if source.path is not None:
-                next(source.documents(wanted.field), None)
+        local = [source for source in wanted.sources if source.path is not None]
+        for source in local:
+            next(source.documents(wanted.field), None)
+        if len(local) == len(wanted.sources):
+            check_text(wanted)
 
 
 def prepare(config: str, overrides: Sequence[str] = ()) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from t2r.errors import UserError, nearest
 
-SHIPPED = "shipped:"
+SHIPPED, TEXT = "shipped:", ".txt"
 Document = str | list[dict]  # a text, or the messages of a chat
 
 
@@ -31,6 +31,11 @@ class Source:
             return [self.name]
         stat = self.path.stat()
         return [str(self.path.resolve()), stat.st_size, stat.st_mtime_ns]
+
+    @property
+    def is_document(self) -> bool:
+        """Whether the whole source is one document: a text file."""
+        return self.path is not None and format_of(self.path) == TEXT
 
     def documents(self, field: str) -> Iterator[Document]:
         """The texts or chats, in the order of the source. Raises UserError for a document without `field`, named by its
@@ -158,7 +163,7 @@ FORMATS: dict[str, Callable[[Path, str], Iterator[dict]]] = {
     ".jsonl": read_jsonl,
     ".jsonl.gz": read_gzip,
     ".jsonl.zst": read_zstd,
-    ".txt": read_text,
+    TEXT: read_text,
     ".parquet": read_parquet,
 }
 

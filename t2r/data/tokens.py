@@ -25,7 +25,7 @@ from t2r.errors import UserError
 
 BATCH = 256  # documents that the tokenizer, which works in parallel, gets at a time
 SHARD = 2**24
-FORMAT = 2  # of the files below; a new number makes old caches unknown
+FORMAT = 3  # of the files below; a new number makes old caches unknown
 FACTS, COMPLETE, FAULT, LOCK = "shard.json", "complete.json", "fault.txt", ".lock"
 
 
@@ -41,9 +41,9 @@ class Shard(NamedTuple):
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be tokenised, and how. held_out: share of the documents that is kept for validation. validation: take
-    these, and no others. limit: tokens after which to stop; None: at the end of the files. shard: tokens of one, or a
-    little more: documents are not cut."""
+    """What is to be tokenised, and how. held_out: share of the documents that is kept for validation, and of each text
+    file, which is one. validation: take these, and no others. limit: tokens after which to stop; None: at the end of
+    the files. shard: tokens of one, or a little more: documents are not cut."""
 
     sources: tuple[Source, ...]
     field: str
@@ -52,11 +52,17 @@ class Request:
     limit: int | None = None
     shard: int = SHARD
 
-    def wants(self, document: Document) -> bool:
+    def take(self, document: Document, source: Source) -> Document | None:
+        """What is wanted of a document, None: nothing. The hash of a document says whether it is held out; of a text
+        file it is the end."""
         if not self.held_out:
-            return True
+            return document
+        if source.is_document:
+            cut = round(len(document) * (1 - self.held_out))
+            return document[cut:] if self.validation else document[:cut]
         digest = hashlib.sha256(json.dumps(document).encode()).digest()
-        return (int.from_bytes(digest[:8], "big") < self.held_out * 2**64) == self.validation
+        held = int.from_bytes(digest[:8], "big") < self.held_out * 2**64
+        return document if held == self.validation else None
 
     def key(self, tokenizer) -> str:
         """Name of the folder: whatever changes a token changes it."""
@@ -78,6 +84,27 @@ def request(specs: Sequence[str], field: str, tokens: int, held_out: float = 0.0
         raise UserError("no data to train on", where="data.train")
     limited = validation or any(source.path is None for source in sources)
     return Request(sources, field, held_out, validation, tokens if limited else None)
+
+
+def has_text(document: Document | None) -> bool:
+    return bool(document.strip() if isinstance(document, str) else document)
+
+
+def check_text(wanted: Request) -> None:
+    """Raise UserError unless there is a document to tokenise; reads no further than that."""
+    count = 0
+    for source in wanted.sources:
+        for document in source.documents(wanted.field):
+            if has_text(document):
+                count += 1
+                if has_text(wanted.take(document, source)):
+                    return
+    where = ", ".join(source.name for source in wanted.sources)
+    if not count:
+        raise UserError("the data holds no text", where=where)
+    some = "none" if wanted.validation else "all"
+    what = f"data.held_out is {wanted.held_out}, which holds out {some} of the data's documents ({count})"
+    raise UserError(what, where=where, nearest="data.held_out=0 data.validation=[FILE]")
 
 
 class Tokens:
@@ -271,7 +298,7 @@ def write_shards(wanted: Request, tokenizer, folder: Path, parent: int | None) -
     if buffer:
         done.append(write_shard(buffer, dtype, place, folder, len(done)))
     if not done:
-        raise UserError("the data holds no text", where=", ".join(source.name for source in wanted.sources))
+        check_text(wanted)
     facts = {key: sum(shard[key] for shard in done) for key in ("tokens", "documents")}
     aside = folder / f".{COMPLETE}"
     aside.write_text(json.dumps({"shards": len(done), **facts}) + "\n")
@@ -310,8 +337,8 @@ def token_lists(
         documents = islice(source.documents(wanted.field), skip, None)
         while batch := list(islice(documents, BATCH)):
             skip += len(batch)
-            chosen = [document for document in batch if wanted.wants(document)]
-            texts = [document for document in chosen if isinstance(document, str) and document.strip()]
+            chosen = [taken for document in batch if has_text(taken := wanted.take(document, source))]
+            texts = [document for document in chosen if isinstance(document, str)]
             chats = [document for document in chosen if not isinstance(document, str)]
             encoded: list = []
             if texts:

@@ -131,6 +131,8 @@ def train_stages(settings: RunConfig, folder: Path, model: str | None = None, wh
     In this process if it is one of a launch, or the only one needed; else in processes that it starts.
     """
     start = Path(model) if model else folder / START
+    if not (start.exists() or settings.data.stream):
+        RunData(settings, teacher_source(settings.source).load_tokenizer())  # before the work that it could be in vain
     if not model:
         wait_for(start, lambda: make_start(settings.source, settings.convert, start))
     options = {"--config": folder / CONFIG, "--model": start, "--out": folder}
