@@ -8,8 +8,6 @@ from t2r.config import FOLDERS, find, read, shipped
 from t2r.errors import UserError
 from t2r.schema import RunConfig, load_run
 
-REPORT = "compare"
-
 
 def run(config: str, overrides: Sequence[str] = (), out: str | None = None) -> None:
     """Convert, train through the stages, compare: all that `config` (a file or a shipped name) says, in one folder.
@@ -22,7 +20,7 @@ def run(config: str, overrides: Sequence[str] = (), out: str | None = None) -> N
     from t2r.evaluate.plots import require_matplotlib
     from t2r.evaluate.recipe import load_recipe
     from t2r.evaluate.task import check_data
-    from t2r.train.finetune import START, make_start, open_folder, resolve_run, train_stages, wait_for
+    from t2r.train.finetune import MODEL, REPORT, START, make_start, open_folder, resolve_run, train_stages, wait_for
 
     settings = resolve_run(config, overrides)
     if settings.compare:
@@ -30,7 +28,7 @@ def run(config: str, overrides: Sequence[str] = (), out: str | None = None) -> N
         require_matplotlib()
         load_recipe(settings.compare.recipe, settings.compare.limit)
         check_data(settings.compare.data)
-    result = REPORT if settings.compare else "model" if settings.stages else START
+    result = REPORT if settings.compare else MODEL if settings.stages else START
     folder = open_folder(settings, out or f"runs/{Path(config).stem}", result)
     if settings.stages:
         train_stages(settings, folder)
@@ -43,7 +41,7 @@ def run(config: str, overrides: Sequence[str] = (), out: str | None = None) -> N
 def compare_all(settings: RunConfig, folder: Path) -> None:
     """The teacher, the untrained conversions and the trained one, side by side."""
     from t2r.evaluate import compare
-    from t2r.train.finetune import MODEL, START, make_start
+    from t2r.train.finetune import MODEL, REPORT, START, make_start
 
     models = [f"teacher={settings.source}"]
     for other in settings.compare.beside:

@@ -238,6 +238,38 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(stages, st
     refuses("zero is 0, which keeps no float32 weights.*stages.0", "deepspeed.zero=0", "stages.0.dtype=bfloat16")
 
 
+def test_a_folder_whose_run_has_not_trained_takes_a_corrected_configuration(stages, tmp_path, monkeypatch):
+    out, common = tmp_path / "run", ["convert={slots: 16, sinks: 2, dtype: float32, verify: false}", "seed=3"]
+
+    def fails(step, *words):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            at_step(step, patch, lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+            finetune.finetune(str(stages), [*common, *words], out=str(out))
+
+    fails(1)
+    made, first = (
+        (out / "start" / "model.safetensors").stat().st_mtime_ns,
+        (out / "1-align" / "teacher.json").read_text(),
+    )
+    with pytest.raises(UserError, match=f"whose conversion start is of another source.*try: `rm -r {out}/start`"):
+        finetune.finetune(str(stages), [*common, "convert.slots=8"], out=str(out))
+    fails(2, corrected := "stages.0.validation_tokens=128")  # one step of it, and no checkpoint
+    assert (out / "start" / "model.safetensors").stat().st_mtime_ns == made
+    assert (out / "1-align" / "teacher.json").read_text() != first
+    assert load(out / "config.yaml", RunConfig).stages[0].validation_tokens == 128
+    with pytest.raises(UserError, match=f"has made 1-align .*nearest valid: --out {out}-2"):
+        finetune.finetune(str(stages), common, out=str(out))
+    assert len(records(out, "1-align")) == 1
+    finetune.finetune(str(stages), [*common, corrected], out=str(out))
+    assert len(records(out, "1-align")) == 4
+    (out / "model").unlink()
+    for metrics in out.glob("*/metrics.jsonl"):
+        metrics.unlink()
+    with pytest.raises(UserError, match="has made 1-align"):
+        finetune.finetune(str(stages), common, out=str(out))
+    assert len(list(out.glob("*/step-000004"))) == 3
+
+
 def test_a_run_folder_is_for_one_configuration_and_a_checkpoint_for_one_model(stages, start, straight, tmp_path):
     with pytest.raises(UserError, match="holds a run of another configuration.*nearest valid: --out"):
         finetune.finetune(str(stages), ["seed=1"], str(start), str(straight))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
@@ -24,6 +25,7 @@ from t2r.families import FAMILIES
 from t2r.schema import ConvertConfig, RunConfig, StageConfig, load_run, with_device
 from t2r.train.engine import train
 from t2r.train.launch import LOGS, Machines, check_machines, launch, launch_by_ssh
+from t2r.train.log import METRICS, read
 from t2r.train.sharding import (
     Group,
     compute_dtype,
@@ -38,7 +40,7 @@ from t2r.train.stages import STAGES
 from t2r.train.trackers import check_trackers
 from t2r.train.validation import teacher_perplexities
 
-CONFIG, START, MODEL = "config.yaml", "start", "model"
+CONFIG, START, MODEL, REPORT = "config.yaml", "start", "model", "compare"
 HERE = Machines()
 NODE = "T2R_NODE"  # in the environment: the number of this machine, before its processes have ranks
 
@@ -96,33 +98,67 @@ def choose_variant(config: str, overrides: Sequence[str]) -> str | None:
 
 
 def open_folder(settings: RunConfig, out: str, result: str) -> Path:
-    """The folder of a run, with config.yaml and env.json, new or unfinished: without `result`.
+    """The folder of a run, with config.yaml and env.json, new or unfinished: without `result`. One in which a run of
+    another configuration failed before it trained is made new.
 
-    Raises UserError for one that is finished, of another configuration, or not a run's.
+    Raises UserError for one that is finished, holds what another configuration made, or is not a run's.
     """
     folder = Path(out).expanduser()
     number = 2
     while os.path.lexists(free := folder.with_name(f"{folder.name}-{number}")):
         number += 1
     known, other = folder / CONFIG, f"--out {free}"
-    if known.exists():
-        if load(known, RunConfig) != settings:
-            raise UserError(f"{folder} holds a run of another configuration", where=known, nearest=other)
+    before = load(known, RunConfig) if known.exists() else None
+    if before == settings:
         if os.path.lexists(folder / result):
             raise UserError(f"the run in {folder} is finished", nearest=other)
         return folder
+    if before:
+        check_untrained(folder, before, settings, other)
     if is_first():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if not before and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"{folder} exists and holds no run", nearest=other)
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            for stage in stage_folders(before, folder) if before else []:
+                shutil.rmtree(stage, ignore_errors=True)  # the teacher's perplexity, at most
             (folder / "env.json").write_text(environment(), encoding="utf-8")
             save(settings, folder / f".{CONFIG}")
             os.replace(folder / f".{CONFIG}", known)
         except OSError as error:
             raise UserError(f"cannot write there: {error.strerror}", where=folder) from error
-    wait_for(known, lambda: None)
+    while not known.exists() or load(known, RunConfig) != settings:
+        time.sleep(0.5)  # the first process writes it
     return folder
+
+
+def check_untrained(folder: Path, before: RunConfig, settings: RunConfig, other: str) -> None:
+    """Raise UserError if the run `before` has left in its folder what would be lost, or be taken for one of `settings`:
+    steps, checkpoints, a result, conversions."""
+    what = f"{folder} holds a run of another configuration"
+    results = [path for path in (folder / MODEL, folder / REPORT) if os.path.lexists(path)]
+    steps = [path for path in stage_folders(before, folder) if any(path.glob("*step-*")) or has_steps(path / METRICS)]
+    for path in results + steps:
+        raise UserError(f"{what}, which has made {path.name}", where=folder / CONFIG, nearest=other)
+    old = conversions(before)
+    for name, made in conversions(settings).items():
+        if (folder / name).exists() and old.get(name) != made:
+            what = f"{what}, whose conversion {name} is of another source or has other settings"
+            raise UserError(what, where=folder / CONFIG, nearest=other, next=f"rm -r {folder / name}")
+
+
+def stage_folders(settings: RunConfig, folder: Path) -> list[Path]:
+    return [folder / f"{i}-{stage.kind}" for i, stage in enumerate(settings.stages, start=1)]
+
+
+def has_steps(metrics: Path) -> bool:
+    return any("loss" in line for line in read(metrics))
+
+
+def conversions(settings: RunConfig) -> dict[str, tuple[str, ConvertConfig]]:
+    """Folder in the run's -> what it is the conversion of, and how."""
+    beside = settings.compare.beside if settings.compare else []
+    return {START: (settings.source, settings.convert)} | {c.label: (settings.source, c) for c in beside}
 
 
 def train_stages(settings: RunConfig, folder: Path, model: str | None = None, where: Machines = HERE) -> None:
@@ -156,7 +192,7 @@ def run_stages(settings: RunConfig, folder: Path, start: Path) -> Path:
     group = join_group(settings.device)
     data = RunData(settings, open_source(start).load_tokenizer())
     teacher = teacher_dtype = None
-    for i, stage in enumerate(settings.stages):
+    for i, (stage, out) in enumerate(zip(settings.stages, stage_folders(settings, folder), strict=True)):
         check_split(stage, group.world, i)
         dtype = compute_dtype(stage, group.device.type)
         if not STAGES[stage.kind].needs_teacher:
@@ -164,7 +200,6 @@ def run_stages(settings: RunConfig, folder: Path, start: Path) -> Path:
         elif teacher_dtype != dtype:
             teacher, teacher_dtype = load_teacher(settings, group, dtype), dtype
         rows, validation = data.rows(stage, settings.seed + i), data.validation_rows(stage)
-        out = folder / f"{i + 1}-{stage.kind}"
         teacher_ppl = {}
         if validation is not None:
             # a stage without a teacher has one for as long as that takes
