@@ -38,10 +38,10 @@ def draw(spec, B, T, H, G, D, M, dtype=torch.float64, documents=None, seed=0):
     return args, SlotState(*(x.requires_grad_() for x in state), position)
 
 
-def results(args, state, spec, backend, **kwargs):
+def results(args, state, spec, backend, scale=0.3, **kwargs):
     """Output, final state and every gradient of a random functional of both, by name."""
     o, final = gsa(
-        **args, spec=spec, scale=0.3, initial_state=state, output_final_state=True, backend=backend, **kwargs
+        **args, spec=spec, scale=scale, initial_state=state, output_final_state=True, backend=backend, **kwargs
     )
     out = {"o": o, **{f"final.{name}": x for name, x in final._asdict().items()}}
     leaves = {**args, **{f"initial.{name}": x for name, x in list(state._asdict().items())[:3]}}

@@ -1,15 +1,15 @@
 """Triton backward: everything but the inputs is recomputed; logits and probabilities stay on the chip.
 
-    inner_kernel    from dO and the memory before a chunk: gradients of the logits; what stays inside the chunk of dV; the
-                    chunk's gain of the memory's adjoint
+    inner_kernel    from dO and the memory before a chunk: gradients of the logits; what stays inside the chunk of dV;
+                    the chunk's gain of the memory's adjoint
     scan_kernel     (forward.py, in reverse) adjoint of the memory after every chunk
     outer_kernel    dQ and dK; adds to dV what flows through the memory after the chunk
     logits_kernel   (gates.py) gradients of the gates' inputs
 
-Keys and values are two passes of one form: slot weights u (d logits for keys, p for values), rows x (q, dO), columns y
-(k, v). d log alpha_t sums u times what it read over all pairs (i, j) with j < t <= i. Between soft gates that is the sum
-of `rows` minus w times `met` over tokens from t on. Where a gate is hard the two cancel to nothing, so that in the linear
-form, whose gradient is d log alpha / alpha, the sum `across` the start of a class is made directly.
+Keys and values are two passes of one form: slot weights u (d logits for keys, p for values), rows x (q, dO), columns
+y (k, v). d log alpha_t sums u times what it read over all pairs (i, j) with j < t <= i. Between soft gates that is the
+sum of `rows` minus what columns got (`met`) over tokens from t on. Where a gate is hard the two cancel to nothing, so
+that in the linear form, whose gradient is d log alpha / alpha, the sum `across` the start of a class is made directly.
 
 Shape legend: spec.py, tile.py; n = chunks.
 """
@@ -40,8 +40,8 @@ from .tile import (
 
 @triton.jit(do_not_specialize=["T", "chunks_per_row"])
 def inner_kernel(
-    q, q_sink, k, v, positions, table, states, occupancy, L, label, anchors, decayed, in_class, written, w, inverse, log_z, last,
-    do, dlogits, dv, adjoint, d_occupancy, own, rows, met, across, z_rows,
+    q, q_sink, k, v, positions, table, states, occupancy, L, label, anchors, decayed, in_class, written, w, inverse,
+    log_z, last, do, dlogits, dv, adjoint, d_occupancy, own, rows, met, across, z_rows,
     T, chunks_per_row, H, scale, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
     PACKED: tl.constexpr, LINEAR: tl.constexpr, SINKS: tl.constexpr, OCCUPANCY: tl.constexpr,
     HAS_POSITIONS: tl.constexpr, HAS_SINK: tl.constexpr, PRECISION: tl.constexpr, BLOCKS: tl.constexpr,
@@ -60,7 +60,7 @@ def inner_kernel(
         return
     row0 = batch * T + begin
     DTYPE = states.dtype.element_ty
-    classes = load_classes(last, pid, BLOCKS)
+    gates = decayed, in_class, written, L, label, anchors, pid, load_classes(last, pid, BLOCKS)
     first = pid.to(tl.int64) * ((D + E) * M)
     m, d = tl.arange(0, M), tl.arange(0, C)
     columns = row_mask(count, 1, C, 1)
@@ -72,18 +72,13 @@ def inner_kernel(
         q_first = batch * q_b + begin * q_t + (h * G + g0) * q_h
         xq = load_rows(q, q_first, q_t, q_h, live, C, GB, D, BD).to(DTYPE)
         pairs, alone = triangle(tl.dot(xq, tl.trans(y), input_precision=PRECISION), C, GB)
-        before, _ = reads(
-            xq, pairs.to(DTYPE), K0, xq, decayed, written, L, label, anchors, in_class, pid, classes, False, C, GB, M, PRECISION
-        )
+        before, _ = reads(xq, pairs.to(DTYPE), K0, xq, gates, False, C, GB, M, PRECISION)
         own_key = alone[:, None]
         if HAS_SINK:
             sink = (m < SINKS)[None, :]
             xs = load_rows(q_sink, q_first, q_t, q_h, live, C, GB, D, BD).to(DTYPE)
             pairs, alone = triangle(tl.dot(xs, tl.trans(y), input_precision=PRECISION), C, GB)
-            far, _ = reads(
-                xs, pairs.to(DTYPE), K0, xs, decayed, written, L, label, anchors, in_class, pid, classes, False, C, GB, M,
-                PRECISION,
-            )
+            far, _ = reads(xs, pairs.to(DTYPE), K0, xs, gates, False, C, GB, M, PRECISION)
             before = tl.where(sink, far, before)
             own_key = tl.where(sink, alone[:, None], own_key)
         logits = before + own_key * load_tile_rows(w, pid, C, GB, M)
@@ -109,15 +104,11 @@ def inner_kernel(
         add_state(adjoint, gain, first, D, again, E, BE, M)
         if LINEAR:
             crossing = tl.sum(gain * V0.to(tl.float32), axis=0)
-        A, met_here = weights(
-            p, left, pairs, written, L, label, anchors, in_class, pid, classes, True, C, GB, M, PRECISION
-        )
+        A, met_here = weights(p, left, pairs, gates, True, C, GB, M, PRECISION)
         dy = tl.dot(tl.trans(A), xo, input_precision=PRECISION)
         add_rows(dv, dy, (row0 * H + h) * E, H * E, columns, again, C, E, BE)
         add_tile(met, met_here, pid, m, again, C, M)
-        dp, crossed = reads(
-            xo, pairs, V0, p, decayed, written, L, label, anchors, in_class, pid, classes, LINEAR, C, GB, M, PRECISION
-        )
+        dp, crossed = reads(xo, pairs, V0, p, gates, LINEAR, C, GB, M, PRECISION)
         read_rows = p * dp
         dp += own_value[:, None] * load_tile_rows(w, pid, C, GB, M)
         dp_p = dp * p
@@ -159,33 +150,30 @@ def inner_kernel(
 
 
 @triton.jit
-def flow(u, x, y, K0, decayed, written, L, label, anchors, in_class, pid, classes, dy, met, across, LINEAR: tl.constexpr,
-         C: tl.constexpr, GB: tl.constexpr, M: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def flow(u, x, y, K0, gates, dy, met, across, LINEAR: tl.constexpr, C: tl.constexpr, GB: tl.constexpr, M: tl.constexpr,
+         PRECISION: tl.constexpr):  # fmt: skip
     """The gradient of rows x [R,D] that read K0 [D,M] and columns y [C,D] with a gradient u [R,M]; and, added up: dy
     [C,D], met and across [C,M]."""
+    decayed, _in_class, _written, _L, _label, _anchors, pid, classes = gates
     pairs, _own = triangle(tl.dot(x, tl.trans(y), input_precision=PRECISION), C, GB)
     pairs = pairs.to(x.dtype)
     left = (u * load_tile_rows(decayed, pid, C, GB, M)).to(x.dtype)
-    A, met_here = weights(
-        u, left, pairs, written, L, label, anchors, in_class, pid, classes, True, C, GB, M, PRECISION
-    )
+    A, met_here = weights(u, left, pairs, gates, True, C, GB, M, PRECISION)
     dx = tl.dot(left, tl.trans(K0), input_precision=PRECISION)
     dx = tl.dot(A, y, dx, input_precision=PRECISION)
     dy = tl.dot(tl.trans(A), x, dy, input_precision=PRECISION)
     met += met_here
     if LINEAR:
         if classes > 0:
-            _total, crossed = reads(
-                x, pairs, K0, u, decayed, written, L, label, anchors, in_class, pid, classes, True, C, GB, M, PRECISION
-            )
+            _total, crossed = reads(x, pairs, K0, u, gates, True, C, GB, M, PRECISION)
             across += crossed
     return dx, dy, met, across
 
 
 @triton.jit(do_not_specialize=["T", "chunks_per_row"])
 def outer_kernel(
-    q, q_sink, k, v, table, states, adjoint, L, label, anchors, decayed, in_class, written, left, last, dlogits, dq, dq_sink,
-    dk, dv, met, after, across, through,
+    q, q_sink, k, v, table, states, adjoint, L, label, anchors, decayed, in_class, written, left, last, dlogits, dq,
+    dq_sink, dk, dv, met, after, across, through,
     T, chunks_per_row, H, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
     PACKED: tl.constexpr, LINEAR: tl.constexpr, SINKS: tl.constexpr, HAS_SINK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCKS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, M: tl.constexpr,
@@ -201,7 +189,7 @@ def outer_kernel(
         return
     row0 = batch * T + begin
     DTYPE = states.dtype.element_ty
-    classes = load_classes(last, pid, BLOCKS)
+    gates = decayed, in_class, written, L, label, anchors, pid, load_classes(last, pid, BLOCKS)
     first = pid.to(tl.int64) * ((D + E) * M)
     m = tl.arange(0, M)
     columns = row_mask(count, 1, C, 1)
@@ -218,16 +206,12 @@ def outer_kernel(
         u = dl
         if HAS_SINK:
             u = tl.where((m < SINKS)[None, :], 0.0, dl)
-        dx, dy, met_here, crossed = flow(
-            u, x, y, K0, decayed, written, L, label, anchors, in_class, pid, classes, dy, met_here, crossed, LINEAR, C, GB, M,
-            PRECISION,
-        )
+        dx, dy, met_here, crossed = flow(u, x, y, K0, gates, dy, met_here, crossed, LINEAR, C, GB, M, PRECISION)
         store_rows(dq, dx, at, H * G * D, D, live, C, GB, D, BD)
         if HAS_SINK:
             x = load_rows(q_sink, q_first, q_t, q_h, live, C, GB, D, BD).to(DTYPE)
             dx, dy, met_here, crossed = flow(
-                dl - u, x, y, K0, decayed, written, L, label, anchors, in_class, pid, classes, dy, met_here, crossed, LINEAR, C, GB,
-                M, PRECISION,
+                dl - u, x, y, K0, gates, dy, met_here, crossed, LINEAR, C, GB, M, PRECISION
             )
             store_rows(dq_sink, dx, at, H * G * D, D, live, C, GB, D, BD)
     add_tile(met, met_here, pid, m, True, C, M)

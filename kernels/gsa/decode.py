@@ -15,34 +15,33 @@ from .tile import read
 
 @triton.jit
 def step_kernel(
-    q, q_sink, k, v, gate, s, write, keep, positions, keys, values, occupancy, new_keys, new_values, new_occupancy, o,
+    q, q_sink, k, v, gate, s, write, keep, positions, keys, values, occupancy, position, o,
     H, scale, rate, q_b, q_h, k_b, k_h, v_b, v_h,
     FORM: tl.constexpr, RING: tl.constexpr, SINKS: tl.constexpr, OCCUPANCY: tl.constexpr, SILU: tl.constexpr,
-    HAS_S: tl.constexpr, HAS_SINK: tl.constexpr, HAS_POSITIONS: tl.constexpr,
+    HAS_S: tl.constexpr, HAS_SINK: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, M: tl.constexpr, G: tl.constexpr,
     GP: tl.constexpr,
 ):  # fmt: skip
-    """keys [N,H,M,D], values [N,H,M,E], occupancy [N,H,M] (bfloat16 or float32) -> the same after the token, which may
-    be the same tensors, and o [N,1,H*G,E]. positions [N]: -1 is padding, which changes nothing and reads 0."""
+    """keys [N,H,M,D], values [N,H,M,E], occupancy [N,H,M] (bfloat16 or float32) and position [N] become those after the
+    token; o [N,1,H*G,E]. positions [N]: the token's; -1 is padding, which changes nothing and reads 0."""
     n, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     m, d, e, g = tl.arange(0, M), tl.arange(0, BD), tl.arange(0, BE), tl.arange(0, GP)
-    if HAS_POSITIONS:
-        position = tl.load(positions + n + tl.arange(0, 1)).to(tl.int32)
-    else:
-        position = tl.zeros([1], tl.int32)
+    key_at, in_keys = ((n * H + h) * M + m)[:, None] * D + d[None, :], (m >= 0)[:, None] & (d < D)[None, :]
+    value_at, in_values = ((n * H + h) * M + m)[:, None] * E + e[None, :], (m >= 0)[:, None] & (e < E)[None, :]
+    K = tl.load(keys + key_at, mask=in_keys, other=0.0).to(tl.float32)
+    V = tl.load(values + value_at, mask=in_values, other=0.0).to(tl.float32)
+    here = tl.load(positions + n).to(tl.int64)
+    if h == 0:
+        tl.store(position + n, tl.maximum(tl.load(position + n), here + 1))
     log_alpha, weight, _x = load_gates(
-        gate, s, write, keep, position, n, 1, h, H, rate, m, FORM, RING, SINKS, HAS_S, 1, M
-    )
+        gate, s, write, keep, (tl.zeros([1], tl.int64) + here).to(tl.int32), n, 1, h, H, rate, m, FORM, RING, SINKS,
+        HAS_S, 1, M,
+    )  # fmt: skip
     forget = tl.reshape(-expm1(log_alpha), [M])
     weight = tl.reshape(weight, [M])
-    real = tl.max(position, axis=0) >= 0
 
-    at = ((n * H + h) * M + m)[:, None] * D + d[None, :]
-    inside = (m >= 0)[:, None] & (d < D)[None, :]
-    K = tl.load(keys + at, mask=inside, other=0.0).to(tl.float32)
-    x = activated(tl.load(k + n * k_b + h * k_h + d, mask=d < D, other=0.0).to(tl.float32), SILU)
-    K += weight[:, None] * x[None, :] - forget[:, None] * K
-    tl.store(new_keys + at, K.to(new_keys.dtype.element_ty), mask=inside)
+    K = moved(K, k + n * k_b + h * k_h, d, D, weight, forget, SILU)
+    tl.store(keys + key_at, K.to(keys.dtype.element_ty), mask=in_keys)
     logits = tl.zeros([GP, M], tl.float32)
     for i in tl.static_range(G):
         head = (h * G + i) * q_h + n * q_b + d
@@ -55,22 +54,25 @@ def step_kernel(
     if OCCUPANCY:
         z = tl.load(occupancy + (n * H + h) * M + m).to(tl.float32)
         z += weight - forget * z
-        tl.store(new_occupancy + (n * H + h) * M + m, z.to(new_occupancy.dtype.element_ty))
+        tl.store(occupancy + (n * H + h) * M + m, z.to(occupancy.dtype.element_ty))
         inverse, log_z = inverse_and_log(z)
         p = read(logits, inverse[None, :], log_z[None, :], scale) * inverse[None, :]
     else:
         p = read(logits, 1.0, 0.0, scale)
 
-    at = ((n * H + h) * M + m)[:, None] * E + e[None, :]
-    inside = (m >= 0)[:, None] & (e < E)[None, :]
-    V = tl.load(values + at, mask=inside, other=0.0).to(tl.float32)
-    x = activated(tl.load(v + n * v_b + h * v_h + e, mask=e < E, other=0.0).to(tl.float32), SILU)
-    V += weight[:, None] * x[None, :] - forget[:, None] * V
-    tl.store(new_values + at, V.to(new_values.dtype.element_ty), mask=inside)
+    V = moved(V, v + n * v_b + h * v_h, e, E, weight, forget, SILU)
+    tl.store(values + value_at, V.to(values.dtype.element_ty), mask=in_values)
     for i in tl.static_range(G):
         mine = tl.sum(tl.where((g == i)[:, None], p, 0.0), axis=0)
-        y = tl.where(real, tl.sum(V * mine[:, None], axis=0), 0.0)
+        y = tl.where(here >= 0, tl.sum(V * mine[:, None], axis=0), 0.0)
         tl.store(o + ((n * H + h) * G + i) * E + e, y.to(o.dtype.element_ty), mask=e < E)
+
+
+@triton.jit
+def moved(S, x, d, D: tl.constexpr, weight, forget, SILU: tl.constexpr):
+    """Memory [M,BD] after a token has written x [D]."""
+    x = activated(tl.load(x + d, mask=d < D, other=0.0).to(tl.float32), SILU)
+    return S + weight[:, None] * x[None, :] - forget[:, None] * S
 
 
 @triton.jit

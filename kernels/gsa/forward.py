@@ -6,8 +6,8 @@
     output_kernel    logits, softmax over slots, output                           a program a chunk, head and tile
 
 The memory of a chunk is a [D+E,M] matrix in the inputs' type (float32 for float16): features in rows, so that every
-product takes a loaded tile transposed. It is kept decayed by the chunk's first token, whose class then has one `row` for
-the memory and for the tokens. The gates are tiles of scratch, which every kernel loads in the layout it needs.
+product takes a loaded tile transposed. It is kept decayed by the chunk's first token, whose class then has one `row`
+for the memory and for the tokens. The gates are tiles of scratch, which every kernel loads in the layout it needs.
 
 Shape legend: spec.py, tile.py; n = chunks.
 """
@@ -15,6 +15,7 @@ Shape legend: spec.py, tile.py; n = chunks.
 import triton
 import triton.language as tl
 
+from .functions import expm1
 from .tile import (
     add_state,
     chunk_span,
@@ -59,14 +60,15 @@ def written_kernel(
 
 @triton.jit(do_not_specialize=["chunks_per_row"])
 def scan_kernel(
-    states, decay, first_decay, occupancy, begin_keys, begin_values, begin_occupancy, end_keys, end_values, end_occupancy, bounds,
+    states, L, occupancy, begin_keys, begin_values, begin_occupancy, end_keys, end_values, end_occupancy, bounds,
     chunks_per_row, H,
     PACKED: tl.constexpr, REVERSE: tl.constexpr, OCCUPANCY: tl.constexpr, HAS_BEGIN: tl.constexpr,
-    HAS_END: tl.constexpr, D: tl.constexpr, E: tl.constexpr, M: tl.constexpr, BF: tl.constexpr,
+    HAS_END: tl.constexpr, D: tl.constexpr, E: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
     """Over a document's chunks in order, carry = e^decay carry + gain, starting from `begin` [N,H,M,D|E] and ending in
-    `end`; each gain [chunk,h,D+E,M] is replaced by the carry before it, decayed by the chunk's first token. REVERSE:
-    from the last chunk to the first, the gain counts decayed by the first token and the carry is stored as it is.
+    `end`; each gain [chunk,h,D+E,M] is replaced by the carry before it, decayed by the chunk's first token. Likewise
+    the occupancy [chunk,h,M], of which a chunk writes 1 - e^decay. REVERSE: from the last chunk to the first, the gain
+    counts decayed by the first token, the carry is stored as it is, gains of the occupancy are read like the others.
 
     One program holds BF of the D+E features of all slots of one document and head; the first also does the occupancy.
     """
@@ -94,9 +96,10 @@ def scan_kernel(
     for i in tl.range(0, chunks, num_stages=4):
         chunk = first + (chunks - 1 - i if REVERSE else i)
         at = chunk * H + h
-        kept = tl.exp(tl.load(decay + at * M + m))
+        end = tl.load(L + (at * C + C - 1) * M + m)
+        kept = tl.exp(end)
         here = states + at * ((D + E) * M) + f[:, None] * M + m[None, :]
-        first_token = tl.exp(tl.load(first_decay + at * M + m))[None, :]
+        first_token = tl.exp(tl.load(L + at * (C * M) + m))[None, :]
         gain = tl.load(here, mask=inside, other=0.0).to(tl.float32)
         if REVERSE:
             tl.store(here, carry.to(states.dtype.element_ty), mask=inside)
@@ -105,7 +108,10 @@ def scan_kernel(
             tl.store(here, (carry * first_token).to(states.dtype.element_ty), mask=inside)
         carry = kept[None, :] * carry + gain
         if OCCUPANCY:
-            gained = tl.load(occupancy + at * M + m, mask=counted, other=0.0)
+            if REVERSE:
+                gained = tl.load(occupancy + at * M + m, mask=counted, other=0.0)
+            else:
+                gained = -expm1(end)
             tl.store(occupancy + at * M + m, z, mask=counted)
             z = kept * z + gained
     if HAS_END:
@@ -134,22 +140,18 @@ def output_kernel(
     row0 = row * T + begin
     rows, columns = row_mask(count, G - g0, C, GB), row_mask(count, 1, C, 1)
     DTYPE = states.dtype.element_ty
-    classes = load_classes(last, pid, BLOCKS)
+    gates = decayed, in_class, written, L, label, anchors, pid, load_classes(last, pid, BLOCKS)
     first = pid.to(tl.int64) * ((D + E) * M)
     y = load_rows(k, row * k_b + begin * k_t + h * k_h, k_t, 0, columns, C, 1, D, BD).to(DTYPE)
     K0 = load_state(states, first, 0, D, BD, M)
     q_first = row * q_b + begin * q_t + (h * G + g0) * q_h
     x = load_rows(q, q_first, q_t, q_h, rows, C, GB, D, BD).to(DTYPE)
     pairs = up_to_own(tl.dot(x, tl.trans(y), input_precision=PRECISION), C, GB).to(DTYPE)
-    logits, _ = reads(
-        x, pairs, K0, x, decayed, written, L, label, anchors, in_class, pid, classes, False, C, GB, M, PRECISION
-    )
+    logits, _ = reads(x, pairs, K0, x, gates, False, C, GB, M, PRECISION)
     if HAS_SINK:
         x = load_rows(q_sink, q_first, q_t, q_h, rows, C, GB, D, BD).to(DTYPE)
         pairs = up_to_own(tl.dot(x, tl.trans(y), input_precision=PRECISION), C, GB).to(DTYPE)
-        far, _ = reads(
-            x, pairs, K0, x, decayed, written, L, label, anchors, in_class, pid, classes, False, C, GB, M, PRECISION
-        )
+        far, _ = reads(x, pairs, K0, x, gates, False, C, GB, M, PRECISION)
         logits = tl.where((tl.arange(0, M) < SINKS)[None, :], far, logits)
     if OCCUPANCY:
         inverse_rows = load_tile_rows(inverse, pid, C, GB, M)
@@ -157,9 +159,7 @@ def output_kernel(
     else:
         p = read(logits, 1.0, 0.0, scale)
     left = (p * load_tile_rows(decayed, pid, C, GB, M)).to(DTYPE)
-    A, _met = weights(
-        p, left, pairs, written, L, label, anchors, in_class, pid, classes, False, C, GB, M, PRECISION
-    )
+    A, _met = weights(p, left, pairs, gates, False, C, GB, M, PRECISION)
     out = tl.dot(left, tl.trans(load_state(states, first, D, E, BE, M)), input_precision=PRECISION)
     y = load_rows(v, row * v_b + begin * v_t + h * v_h, v_t, 0, columns, C, 1, E, BE).to(DTYPE)
     out = tl.dot(A, y, out, input_precision=PRECISION)

@@ -125,7 +125,7 @@ def chunk_tables(cu_seqlens: Tensor, total: int, chunk: int) -> tuple[Tensor, Te
 
 
 class Launch:
-    """Tile, scratch and the arguments that the kernels of one call share, by the names that the kernels have for them."""
+    """Tile, scratch and the arguments that the kernels of one call share, by the kernels' names for them."""
 
     def __init__(self, q, k, v, q_sink, gate, s, write, keep, positions, table, bounds, form, damping, ring, sinks,
                  normalised, scale, backward=False):  # fmt: skip
@@ -150,8 +150,8 @@ class Launch:
             "L": self.scratch(C, M), "label": self.scratch(C, M, dtype=torch.int8), "anchors": self.scratch(C, M),
             "decayed": self.scratch(C, M), "in_class": self.scratch(C, M),
             "written": self.scratch(C, M, dtype=self.dtype), "left": self.scratch(C, M, dtype=self.dtype),
-            "w": self.scratch(C, M) if backward else None, "BACKWARD": backward, "decay": self.scratch(M),
-            "first_decay": self.scratch(M), "last": self.scratch(M // self.slots, dtype=torch.int32),
+            "w": self.scratch(C, M), "BACKWARD": backward,
+            "last": self.scratch(M // self.slots, dtype=torch.int32),
             "inverse": self.scratch(C, M) if normalised else None, "log_z": self.scratch(C, M) if normalised else None,
             **self.memory(normalised),
         }  # fmt: skip
@@ -163,7 +163,10 @@ class Launch:
     def memory(self, normalised: bool) -> dict[str, Tensor | None]:
         """Scratch for the memory (or its adjoint) of every chunk."""
         H, M, D, E = self.shape
-        return {"states": self.scratch(D + E, M, dtype=self.dtype), "occupancy": self.scratch(M) if normalised else None}
+        return {
+            "states": self.scratch(D + E, M, dtype=self.dtype),
+            "occupancy": self.scratch(M) if normalised else None,
+        }
 
     def state(self) -> tuple[Tensor, Tensor, Tensor]:
         """New keys [N,H,M,D], values [N,H,M,E] and occupancy [N,H,M] of the documents."""
@@ -182,19 +185,19 @@ class Launch:
         H, M, D, E = self.shape
         features = 8
         forward.scan_kernel[(self.documents * H, triton.cdiv(D + E, features))](
-            states, self.args["decay"], self.args["first_decay"], occupancy, *(begin or (None,) * 3), *(end or (None,) * 3),
+            states, self.args["L"], occupancy, *(begin or (None,) * 3), *(end or (None,) * 3),
             self.bounds, self.args["chunks_per_row"], H, PACKED=self.bounds is not None, REVERSE=reverse,
             OCCUPANCY=occupancy is not None, HAS_BEGIN=begin is not None, HAS_END=end is not None, D=D, E=E, M=M,
-            BF=features, num_warps=4,
+            C=self.tile.chunk, BF=features, num_warps=4,
         )  # fmt: skip
 
     def write(self, begin, end) -> None:
         """Gates of every chunk, and the memory before it."""
-        self.run(gates.gates_kernel, 4, slots=self.args["BLOCKS"])
+        self.run(gates.gates_kernel, 2, slots=self.args["BLOCKS"])
         self.run(forward.written_kernel, 4)
         self.scan(self.args["states"], self.args["occupancy"], begin, end)
         if self.args["OCCUPANCY"]:
-            self.run(gates.occupancy_kernel, 4, slots=self.args["BLOCKS"])
+            self.run(gates.occupancy_kernel, 2, slots=self.args["BLOCKS"])
 
 
 def strides(name: str, x: Tensor) -> dict[str, int]:
@@ -274,7 +277,7 @@ def gsa_backward(
     d_end = None if d_keys is None else tuple(x.contiguous() for x in (d_keys, d_values, d_occupancy))
     launch.scan(adjoint, d_z, begin=d_end, end=d_begin, reverse=True)
     launch.run(backward.outer_kernel, launch.tile.warps)
-    launch.run(gates.logits_kernel, 4, slots=launch.args["BLOCKS"])
+    launch.run(gates.logits_kernel, 2, slots=launch.args["BLOCKS"])
     if ring:
         grads["d_write"], grads["d_keep"] = (
             d_bias[:, :, i].sum(0).to(x.dtype) for i, x in enumerate((write, keep))
@@ -324,23 +327,25 @@ def gradient(ctx, do, d_keys, d_values, d_occupancy):
 gsa_forward.register_autograd(gradient, setup_context=setup_context)
 
 
-@torch.library.custom_op("t2r::gsa_step", mutates_args=("keys", "values", "occupancy"))
+@torch.library.custom_op("t2r::gsa_step", mutates_args=("keys", "values", "occupancy", "position"))
 def gsa_step(
     q: Tensor, k: Tensor, v: Tensor, gate: Tensor, s: Tensor | None, write: Tensor | None, keep: Tensor | None,
-    q_sink: Tensor | None, positions: Tensor | None, keys: Tensor, values: Tensor, occupancy: Tensor,
+    q_sink: Tensor | None, positions: Tensor, keys: Tensor, values: Tensor, occupancy: Tensor, position: Tensor,
     form: str, damping: float, ring: int, sinks: int, normalised: bool, silu: bool, scale: float,
 ) -> Tensor:  # fmt: skip
-    """o [N,1,H*G,E] of one token a sequence; keys, values and occupancy become the memory after it."""
+    """o [N,1,H*G,E] of one token a sequence; keys, values, occupancy and position become the memory after it."""
     q, k, v, q_sink, gate, s = prepare(q, k, v, q_sink, gate, s, silu=False)
     N, _, HQ, D = q.shape
     H, M, E = k.shape[2], gate.shape[-1], v.shape[-1]
     o = torch.empty(N, 1, HQ, E, device=q.device, dtype=v.dtype)
+    warps = min(32, max(4, M * triton.next_power_of_2(max(D, E)) // 1024))  # 32 numbers of each memory a thread
     decode.step_kernel[(N * H,)](
-        q, q_sink, k, v, gate, s, write, keep, positions, keys, values, occupancy, keys, values, occupancy, o,
+        q, q_sink, k, v, gate, s, write, keep, positions, keys, values, occupancy, position, o,
         H, scale, 1.0 / damping, q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2),
         FORM=form, RING=ring, SINKS=sinks, OCCUPANCY=normalised, SILU=silu, HAS_S=s is not None,
-        HAS_SINK=q_sink is not None, HAS_POSITIONS=positions is not None, D=D, BD=triton.next_power_of_2(D), E=E,
-        BE=triton.next_power_of_2(E), M=M, G=HQ // H, GP=triton.next_power_of_2(HQ // H), num_warps=8,
+        HAS_SINK=q_sink is not None, D=D, BD=triton.next_power_of_2(D), E=E, BE=triton.next_power_of_2(E), M=M,
+        G=HQ // H, GP=triton.next_power_of_2(HQ // H), num_warps=warps,
+        maxnreg=128 if warps <= 8 else None,  # so that two programs fit on a multiprocessor: one reads, one computes
     )  # fmt: skip
     return o
 
@@ -377,7 +382,8 @@ def fused(
 def fused_step(
     q: Tensor, k: Tensor, v: Tensor, gate: Tensor, s: Tensor | None, write: Tensor | None, keep: Tensor | None,
     q_sink: Tensor | None, positions: Tensor | None, state: SlotState, spec: GSASpec, scale: float, in_place: bool,
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
-    """One token of every sequence: o and (keys, values, occupancy) after it, the state's own tensors if in_place."""
-    memory = state[:3] if in_place else [x.clone() for x in state[:3]]
-    return gsa_step(q, k, v, gate, s, write, keep, q_sink, positions, *memory, *spelled(spec, scale)), tuple(memory)
+) -> tuple[Tensor, SlotState]:  # fmt: skip
+    """One token of every sequence: o and the memory after it, in the state's own tensors if in_place."""
+    positions = state.position.clone() if positions is None else positions.contiguous()
+    memory = state if in_place else SlotState(*(x.clone() for x in state))
+    return gsa_step(q, k, v, gate, s, write, keep, q_sink, positions, *memory, *spelled(spec, scale)), memory

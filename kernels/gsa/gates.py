@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from .functions import expm1, log, log1p, sigmoid
-from .tile import SPAN, add_tile, chunk_span, load_tile, sum_tokens
+from .tile import SPAN, chunk_span, load_tile, store_tile, sum_tokens
 
 EMPTY = tl.constexpr(2.0**-100)  # spec.EMPTY
 FLOOR = tl.constexpr(-60.0)  # least log alpha of one token: e^-60 is nothing beside a write, yet no denormal
@@ -88,16 +88,14 @@ def classify(log_alpha, FORM: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "chunks_per_row"])
 def gates_kernel(
-    gate, s, write, keep, positions, table, decay, first_decay, occupancy, L, label, anchors, decayed, in_class, written,
-    left, w, last,
+    gate, s, write, keep, positions, table, L, label, anchors, decayed, in_class, written, left, w, last,
     T, chunks_per_row, H, rate,
-    PACKED: tl.constexpr, FORM: tl.constexpr, RING: tl.constexpr, SINKS: tl.constexpr, OCCUPANCY: tl.constexpr,
-    HAS_S: tl.constexpr, HAS_POSITIONS: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
-    BACKWARD: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, C: tl.constexpr,
+    PACKED: tl.constexpr, FORM: tl.constexpr, RING: tl.constexpr, SINKS: tl.constexpr, HAS_S: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr, BACKWARD: tl.constexpr,
+    M: tl.constexpr, BM: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Of one chunk, head and BM slots, each only where somebody will read it:
+    """Of one chunk, head and BM slots:
 
-    decay, first_decay [n,H,M]: L_end, L of the first token; occupancy [n,H,M]: what the chunk writes of it.
     Tiles [n,H,C,M]: L = cumulative log alpha; label (int8) = class; decayed = `row` of class 0; in_class = `row` of a
     token's own class; w = write weight; in the matrix products' type: written = w times `col`, left = w times the decay
     from the token to the chunk's end.
@@ -113,39 +111,35 @@ def gates_kernel(
     log_alpha, weight, _x = load_gates(
         gate, s, write, keep, position, row * T + begin, count, h, H, rate, m, FORM, RING, SINKS, HAS_S, C, M
     )
+    # through memory, or the compiler works the gates out anew in every layout that needs them
+    store_tile(L, log_alpha, pid, m, C, M)
+    store_tile(w, weight, pid, m, C, M)
+    tl.debug_barrier()
+    log_alpha, weight = load_tile(L, pid, m, C, M), load_tile(w, pid, m, C, M)
     total, labels = tl.cumsum(log_alpha, axis=0), classify(log_alpha, FORM)
-    classes = tl.max(tl.max(labels, axis=1), axis=0)
+    classes = tl.max(labels)
+    tl.debug_barrier()
     tl.store(last + pid * (M // BM) + tl.program_id(1), classes)
-    t = tl.arange(0, C)
-    first_token = tl.sum(tl.where((t == 0)[:, None], log_alpha, 0.0), axis=0)
-    at = pid.to(tl.int64) * M + m
-    end = tl.sum(log_alpha, axis=0)
-    tl.store(decay + at, end)
-    tl.store(first_decay + at, first_token)
-    if OCCUPANCY:
-        tl.store(occupancy + at, -expm1(end))
-    begin_of_class = tl.zeros([C, BM], tl.float32) + first_token[None, :]
+    store_tile(L, total, pid, m, C, M)
+    tl.debug_barrier()
+    first_token = tl.load(L + pid.to(tl.int64) * (C * M) + m)[None, :]
+    begin_of_class = tl.zeros([C, BM], tl.float32) + first_token
     for c in range(1, classes + 1):
         anchor = tl.max(tl.where(labels == c, total, -3e38), axis=0)  # where the class has no member any number will do
         tl.store(anchors + (pid.to(tl.int64) * C + c) * M + m, anchor)
         begin_of_class = tl.where(labels == c, anchor[None, :], begin_of_class)
     since = total - begin_of_class
-    add_tile(label, labels, pid, m, False, C, M)
-    add_tile(decayed, tl.exp(total - first_token[None, :]), pid, m, False, C, M)
-    add_tile(written, tl.exp(-since) * weight, pid, m, False, C, M)
+    store_tile(label, labels, pid, m, C, M)
+    store_tile(decayed, tl.exp(total - first_token), pid, m, C, M)
+    store_tile(written, tl.exp(-since) * weight, pid, m, C, M)
+    t = tl.arange(0, C)
     to_end = tl.exp(sum_tokens(t[None, :] > t[:, None], log_alpha, DTYPE, PRECISION))
-    add_tile(left, to_end * weight, pid, m, False, C, M)
+    store_tile(left, to_end * weight, pid, m, C, M)
     if BACKWARD:
-        add_tile(w, weight, pid, m, False, C, M)
-        add_tile(in_class, tl.exp(since), pid, m, False, C, M)
+        store_tile(in_class, tl.exp(since), pid, m, C, M)
     else:
         if classes > 0:
-            add_tile(in_class, tl.exp(since), pid, m, False, C, M)
-    if OCCUPANCY:
-        add_tile(L, total, pid, m, False, C, M)
-    else:
-        if classes > 1:
-            add_tile(L, total, pid, m, False, C, M)
+            store_tile(in_class, tl.exp(since), pid, m, C, M)
 
 
 @triton.jit
@@ -167,13 +161,13 @@ def occupancy_kernel(
     total = load_tile(L, pid, m, C, M)
     z = tl.load(occupancy + pid.to(tl.int64) * M + m)[None, :] * tl.exp(total) - expm1(total)
     inverted, logarithm = inverse_and_log(z)
-    add_tile(inverse, inverted, pid, m, False, C, M)
-    add_tile(log_z, logarithm, pid, m, False, C, M)
+    store_tile(inverse, inverted, pid, m, C, M)
+    store_tile(log_z, logarithm, pid, m, C, M)
 
 
 @triton.jit(do_not_specialize=["T", "chunks_per_row"])
 def logits_kernel(
-    gate, s, write, keep, positions, table, decay, first_decay, occupancy, d_occupancy, label, in_class, own, rows, met,
+    gate, s, write, keep, positions, table, occupancy, d_occupancy, L, label, in_class, own, rows, met,
     after, across, z_rows, through, dgate, ds, d_bias,
     T, chunks_per_row, H, rate,
     PACKED: tl.constexpr, FORM: tl.constexpr, RING: tl.constexpr, SINKS: tl.constexpr, OCCUPANCY: tl.constexpr,
@@ -200,9 +194,11 @@ def logits_kernel(
     t = tl.arange(0, C)
     from_here, before = t[None, :] >= t[:, None], t[None, :] < t[:, None]
     at = pid.to(tl.int64) * M + m
-    end = tl.load(decay + at)
-    after_chunk = tl.exp(end - tl.load(first_decay + at)) * tl.load(through + at)
-    inner_w = load_tile(met, pid, m, C, M) / load_tile(in_class, pid, m, C, M)
+    tile_at = pid.to(tl.int64) * (C * M) + m
+    end = tl.load(L + tile_at + (C - 1) * M)
+    after_chunk = tl.exp(end - tl.load(L + tile_at)) * tl.load(through + at)
+    factor = tl.rsqrt(load_tile(in_class, pid, m, C, M))
+    inner_w = load_tile(met, pid, m, C, M) * factor * factor
     inside = load_tile(rows, pid, m, C, M) - weight * inner_w
     if OCCUPANCY:
         after_chunk += tl.exp(end) * tl.load(d_occupancy + at) * (tl.load(occupancy + at) - 1.0)

@@ -34,7 +34,7 @@ def gsa(
     initial_state: SlotState | None = None,
     output_final_state: bool = False,
     overwrite_state: bool = False,
-    backend: Backend = "torch",
+    backend: Backend = "auto",
 ) -> tuple[Tensor, SlotState | None]:
     """Gated Slot Attention (arXiv 2409.07146, eq. 7-9), differentiable in every float argument.
 
@@ -63,20 +63,23 @@ def gsa(
     dtype = torch.promote_types(q.dtype, torch.float32)
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     state = initial_state
+    step = backend == "triton" and T == 1 and cu_seqlens is None and output_final_state and not torch.is_grad_enabled()
     if state is None and (backend != "triton" or spec.ring or output_final_state):
         state = SlotState.empty(N, H, M, D, E, q.device, dtype)
-    if positions is None and (backend != "triton" or spec.ring or output_final_state):
+    if positions is None and not step and (backend != "triton" or spec.ring or output_final_state):
         positions = count_positions(state.position, B, T, cu_seqlens)
+    if step:
+        from .fused import fused_step
+
+        in_place = overwrite_state and initial_state is not None
+        return fused_step(q, k, v, gate, s, write, keep, q_sink, positions, state, spec, scale, in_place)
     final_position = end_positions(state.position, positions, cu_seqlens) if output_final_state else None
     if backend == "triton":
-        from .fused import fused, fused_step
+        from .fused import fused
 
         positions = None if positions is None else positions.contiguous()
-        args = (q, k, v, gate, s, write, keep, q_sink, positions)
-        if T == 1 and cu_seqlens is None and output_final_state and not torch.is_grad_enabled():
-            o, final = fused_step(*args, state, spec, scale, in_place=overwrite_state and initial_state is not None)
-        else:
-            o, final = fused(*args, cu_seqlens, initial_state, spec, scale, output_final_state)
+        args = (q, k, v, gate, s, write, keep, q_sink, positions, cu_seqlens, initial_state)
+        o, final = fused(*args, spec, scale, output_final_state)
         final = final if final is None else SlotState(*final, final_position)
     else:
         forget, write_weight = gates(
@@ -139,7 +142,7 @@ def chunk_gsa(
     cu_seqlens: Tensor | None = None,
     cu_seqlens_cpu: Tensor | None = None,
     *,
-    backend: Backend = "torch",
+    backend: Backend = "auto",
     **kwargs,
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
     """`gsa` behind the signature of flash-linear-attention 0.6.0's `chunk_gsa`, for code written against it.

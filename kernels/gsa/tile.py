@@ -10,6 +10,9 @@ one class meet all rows of that class and later ones in one matrix product, with
 row is in [0, 1], col in [1, e^SPAN]: nothing overflows, for any gates. Slow gates need one product a chunk, a clock
 with R slots and S sinks 1 + C / (R - S), and only gates that are hard at every token as many as there are tokens.
 
+Functions that need a chunk's gates take them as one tuple, `gates`: tiles of scratch (gates.py), then the program's
+chunk and head and the chunk's largest class: (decayed, in_class, written, L, label, anchors, pid, classes).
+
 Shape legend: spec.py; a tile has C tokens (columns) and R = C * GB rows: 8 tokens of the first of GB query heads, the
 same 8 tokens of the next, and so on, so that with two heads a thread's rows r and r + 8 of a tensor core's tile are the
 same token.
@@ -153,9 +156,10 @@ def add_tile(x, value, pid, m, again, C: tl.constexpr, M: tl.constexpr):
 
 
 @triton.jit
-def load_anchor(anchors, pid, c, C: tl.constexpr, M: tl.constexpr):
-    """[M]: L at the first token of class c."""
-    return tl.load(anchors + (pid.to(tl.int64) * C + c) * M + tl.arange(0, M))
+def store_tile(x, value, pid, m, C: tl.constexpr, M: tl.constexpr):
+    """Slots m [BM] of a [C,M] tile of scratch = value [C,BM]."""
+    at = (tl.arange(0, C) * M)[:, None] + m[None, :]
+    tl.store(x + pid.to(tl.int64) * (C * M) + at, value.to(x.dtype.element_ty))
 
 
 @triton.jit
@@ -165,20 +169,22 @@ def load_classes(last, pid, BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def row(L, label, anchors, in_class, pid, c, classes, C: tl.constexpr, GB: tl.constexpr, M: tl.constexpr):
+def row(gates, c, C: tl.constexpr, GB: tl.constexpr, M: tl.constexpr):
     """[R,M]: `row` of the tokens of class c > 0 and later ones, 0 for earlier ones. In the class itself it is the tile
-    `in_class`; of class 0 it is the tile `decayed`."""
+    in_class; of class 0 it is the tile decayed."""
+    _decayed, in_class, _written, L, label, anchors, pid, classes = gates
     labels = load_tile_rows(label, pid, C, GB, M)
     factor = tl.where(labels == c, load_tile_rows(in_class, pid, C, GB, M), 0.0)
     if c < classes:
-        anchor = load_anchor(anchors, pid, c, C, M)[None, :]
+        anchor = tl.load(anchors + (pid.to(tl.int64) * C + c) * M + tl.arange(0, M))[None, :]
         factor = tl.where(labels > c, tl.exp(load_tile_rows(L, pid, C, GB, M) - anchor), factor)
     return factor
 
 
 @triton.jit
-def written_in(written, label, pid, c, C: tl.constexpr, M: tl.constexpr):
+def written_in(gates, c, C: tl.constexpr, M: tl.constexpr):
     """[C,M]: `col` times the write weight of the tokens of class c, 0 for all others."""
+    _decayed, _in_class, written, _L, label, _anchors, pid, _classes = gates
     m = tl.arange(0, M)
     here = load_tile(written, pid, m, C, M)
     return tl.where(load_tile(label, pid, m, C, M) == c, here, 0.0).to(here.dtype)
@@ -199,15 +205,16 @@ def up_to_own(S, C: tl.constexpr, GB: tl.constexpr):
 
 
 @triton.jit
-def reads(x, pairs, state, p, decayed, written, L, label, anchors, in_class, pid, classes, ACROSS: tl.constexpr,
-          C: tl.constexpr, GB: tl.constexpr, M: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def reads(x, pairs, state, p, gates, ACROSS: tl.constexpr, C: tl.constexpr, GB: tl.constexpr, M: tl.constexpr,
+          PRECISION: tl.constexpr):  # fmt: skip
     """[R,M]: what rows x [R,D] read in slots: of the state [D,M], and w_j pairs_ij e^{L_i - L_j} of the chunk's tokens,
     pairs [R,C] being the products x_i . y_j of those that count and 0 elsewhere.
 
-    If ACROSS also [C,M]: where a token begins a class c > 0, the sum of p [R,M] times what was read, over rows from that
-    token on and over what was written before it."""
+    If ACROSS also [C,M]: where a token begins a class c > 0, the sum of p [R,M] times what was read, over rows from
+    that token on and over what was written before it."""
+    decayed, _in_class, _written, _L, label, _anchors, pid, classes = gates
     met = tl.dot(x, state, input_precision=PRECISION)
-    met = tl.dot(pairs, written_in(written, label, pid, 0, C, M), met, input_precision=PRECISION)
+    met = tl.dot(pairs, written_in(gates, 0, C, M), met, input_precision=PRECISION)
     met *= load_tile_rows(decayed, pid, C, GB, M)
     total = met
     across = tl.zeros([C, M], tl.float32)
@@ -216,26 +223,27 @@ def reads(x, pairs, state, p, decayed, written, L, label, anchors, in_class, pid
             later = row_token(C, GB)[None, :] >= tl.arange(0, C)[:, None]
             crossed = sum_tokens(later, p * met, x.dtype, PRECISION)
             across += tl.where(load_tile(label, pid, tl.arange(0, M), C, M) >= c, crossed, 0.0)
-        met = tl.dot(pairs, written_in(written, label, pid, c, C, M), input_precision=PRECISION)
-        met *= row(L, label, anchors, in_class, pid, c, classes, C, GB, M)
+        met = tl.dot(pairs, written_in(gates, c, C, M), input_precision=PRECISION) * row(gates, c, C, GB, M)
         total += met
     return total, across
 
 
 @triton.jit
-def weights(p, left, pairs, written, L, label, anchors, in_class, pid, classes, MET: tl.constexpr, C: tl.constexpr,
-            GB: tl.constexpr, M: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def weights(p, left, pairs, gates, MET: tl.constexpr, C: tl.constexpr, GB: tl.constexpr, M: tl.constexpr,
+            PRECISION: tl.constexpr):  # fmt: skip
     """Slot weights p [R,M] -> token weights [R,C]: sum_m p_i e^{L_i - L_j} w_j for j <= i; left is p times the tile
-    `decayed`, in the tiles' type.
+    decayed, in the tiles' type.
 
-    If MET also the gradient of what a token wrote, w_j `col_j`, [C,M]: sum_i p_i pairs_ij `row_i`, pairs as of `reads`."""
-    A = tl.dot(left, tl.trans(written_in(written, label, pid, 0, C, M)), input_precision=PRECISION)
+    If MET also the gradient of what a token wrote, w_j `col_j`, [C,M]: sum_i p_i pairs_ij `row_i`; pairs as of `reads`.
+    """
+    _decayed, _in_class, _written, _L, label, _anchors, pid, classes = gates
+    A = tl.dot(left, tl.trans(written_in(gates, 0, C, M)), input_precision=PRECISION)
     met = tl.zeros([C, M], tl.float32)
     if MET:
         met = tl.dot(tl.trans(pairs), left, input_precision=PRECISION)
     for c in range(1, classes + 1):
-        here = (p * row(L, label, anchors, in_class, pid, c, classes, C, GB, M)).to(left.dtype)
-        A = tl.dot(here, tl.trans(written_in(written, label, pid, c, C, M)), A, input_precision=PRECISION)
+        here = (p * row(gates, c, C, GB, M)).to(left.dtype)
+        A = tl.dot(here, tl.trans(written_in(gates, c, C, M)), A, input_precision=PRECISION)
         if MET:
             mine = load_tile(label, pid, tl.arange(0, M), C, M) == c
             met = tl.where(mine, tl.dot(tl.trans(pairs), here, input_precision=PRECISION), met)

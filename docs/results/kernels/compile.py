@@ -20,7 +20,8 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from t2r.kernels.gsa import backward, decode, forward, gates as gate_kernels
+from t2r.kernels.gsa import backward, decode, forward
+from t2r.kernels.gsa import gates as gate_kernels
 from t2r.kernels.gsa.fused import tile_for
 
 SHARED = {90: 232_448, 80: 166_912, 89: 101_376}  # bytes a block may have
@@ -34,7 +35,7 @@ GATES = {
     "paper": {"FORM": "sigmoid", "RING": 0, "SINKS": 0, "OCCUPANCY": False, "HAS_POSITIONS": False},
     "exact": {"FORM": "linear", "SINKS": 4, "OCCUPANCY": True, "HAS_POSITIONS": True},
 }
-INTEGERS = {"label": "*i8", "last": "*i32", "positions": "*i64"}
+INTEGERS = {"label": "*i8", "last": "*i32", "positions": "*i64", "position": "*i64"}
 ROWS = {"q", "k", "v", "gate", "do", "o", "dq", "dk", "dv", "dgate"}
 STATES = {"states", "adjoint", "dlogits", "written", "left"}
 
@@ -46,7 +47,7 @@ def build(kernel, flags: dict, rows: str, states: str, arch: int, warps: int) ->
     absent |= set() if flags["RING"] else {"write", "keep", "d_bias"}
     absent |= set() if flags["OCCUPANCY"] else {"occupancy", "d_occupancy", "z_rows", "inverse", "log_z"}
     absent |= set() if flags["LINEAR"] else {"across"}
-    absent |= set() if flags["HAS_POSITIONS"] else {"positions"}
+    absent |= set() if flags["HAS_POSITIONS"] or kernel is decode.step_kernel else {"positions"}
     signature, constants = {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in flags or name in absent:
@@ -93,12 +94,13 @@ def main(out: str) -> None:
             **spec, "RING": slots if gates == "exact" else 0, "LINEAR": gates == "exact", "PACKED": False,
             "HAS_S": False, "HAS_SINK": False, "REVERSE": False, "HAS_BEGIN": False, "HAS_END": False, "SILU": False,
             "PRECISION": "tf32x3" if name == "fp16" else "ieee", "D": dim, "BD": padded, "E": dim, "BE": padded,
-            "M": slots, "BM": min(slots, 32), "BLOCKS": slots // min(slots, 32), "C": tile.chunk, "BACKWARD": True, "G": groups, "GB": tile.heads,
+            "M": slots, "BM": min(slots, 32), "BLOCKS": slots // min(slots, 32), "C": tile.chunk, "BACKWARD": True,
+            "G": groups, "GB": tile.heads,
             "DTYPE": tl.bfloat16 if name == "bf16" else tl.float32, "BF": 8, "GP": triton.next_power_of_2(groups),
         }  # fmt: skip
         kernels = {
-            "gates": (gate_kernels.gates_kernel, 4), "logits": (gate_kernels.logits_kernel, 4),
-            "occupancy": (gate_kernels.occupancy_kernel, 4),
+            "gates": (gate_kernels.gates_kernel, 2), "logits": (gate_kernels.logits_kernel, 2),
+            "occupancy": (gate_kernels.occupancy_kernel, 2),
             "written": (forward.written_kernel, 4), "scan": (forward.scan_kernel, 4),
             "output": (forward.output_kernel, tile.warps), "inner": (backward.inner_kernel, tile.warps),
             "outer": (backward.outer_kernel, tile.warps), "step": (decode.step_kernel, 8),
