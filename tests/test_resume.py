@@ -160,7 +160,8 @@ def test_tokens_that_are_damaged_while_they_are_read(long, stages, start, tmp_pa
         at_step(5, patch, damage)
         with pytest.raises(UserError, match=r"damaged tokens: .*ids.npy.* \(in .*00000\); try: `rm -r ") as error:
             finetune.finetune(str(stages), words, str(start), str(out))
-    assert "\n" not in str(error.value)
+    left = f"; checkpoint step-000003 is intact, the same command goes on from it (in {out}/1-lm)"
+    assert "\n" not in str(error.value) and str(error.value).endswith(left)
     assert engine.newest_checkpoint(out / "1-lm").name == "step-000003"
     shutil.rmtree(tmp_path / "cache")
     finetune.finetune(str(stages), words, str(start), str(out))
@@ -177,7 +178,7 @@ def test_data_that_ends_in_the_middle_leaves_the_last_checkpoint(stages, start, 
     path.write_bytes(whole)
     finetune.finetune(str(stages), words, str(start), str(tmp_path / "straight"))
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match="cannot be read: .*data.jsonl.gz"):
+    with pytest.raises(UserError, match="cannot be read: .*data.jsonl.gz.*; checkpoint step-0000.* is intact"):
         finetune.finetune(str(stages), words, str(start), str(tmp_path / "run"))
     assert engine.newest_checkpoint(tmp_path / "run" / "1-lm")
     path.write_bytes(whole)

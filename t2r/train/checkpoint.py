@@ -80,11 +80,14 @@ def copy_rest(folder: Path, to: Path) -> None:
             shutil.copyfile(path, to / path.name)
 
 
-def lost(what: str, out: Path) -> UserError:
-    """The error that ends a run, with what is left of it."""
+class Lost(UserError):
+    """Ends a run, and says what is left of it."""
+
+
+def lost(what: str, out: Path) -> Lost:
     newest = newest_checkpoint(out)
     rest = f"checkpoint {newest.name} is intact, the same command goes on from it" if newest else "no checkpoint yet"
-    return UserError(f"{what}; {rest}", where=out)
+    return Lost(f"{what}; {rest}", where=out)
 
 
 def name_of(step: int) -> str:

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from t2r.convert.source import open_source
 from t2r.data.packing import Batch, Mixture, ahead
+from t2r.errors import UserError
 from t2r.schema import RunConfig, StageConfig
 from t2r.train.checkpoint import (
+    Lost,
     check_disk,
     clear,
     lost,
@@ -198,6 +200,8 @@ def train(
         if not from_a_peer(error):
             raise
         raise lost("another process of this run is gone", out) from error
+    except UserError as error:
+        raise error if isinstance(error, Lost) else lost(str(error), out) from error
     finally:
         torch.nn.functional.linear = linear  # ZeRO 3 puts its own in that place, for all that this process does later
         if log:
