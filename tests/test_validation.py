@@ -3,11 +3,12 @@
 import json
 import math
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from stage_cases import SIZES
+from stage_cases import SIZES, student_model, teacher_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -18,10 +19,12 @@ from t2r.modeling.configuration import CONFIG_CLASSES, preset
 from t2r.schema import LogConfig, LossConfig, StageConfig
 from t2r.train import trackers
 from t2r.train.cost import Flops
+from t2r.train.engine import Step
 from t2r.train.log import Log, read
 from t2r.train.plot import plot
 from t2r.train.sharding import Group
-from t2r.train.validation import counts, edges, held_out, look, perplexities, position_losses
+from t2r.train.stages import STAGES
+from t2r.train.validation import counts, edges, held_out, look, perplexities, position_losses, validate
 
 STAGE = StageConfig("lm", tokens=1000, context=100, batch_tokens=200, loss=LossConfig(chunk=30), validation_tokens=700)
 ALONE = Group(0, 1, torch.device("cpu"))
@@ -48,6 +51,32 @@ def test_perplexity_by_position_is_that_of_each_token():
     found = perplexities(sums, 100)
     assert found == pytest.approx({name: math.exp(sum(x) / len(x)) for name, x in want.items()}, rel=1e-5)
     assert edges(100) == [0, 64, 100] and edges(4096) == [0, 64, 256, 512, 1024, 2048, 4096] and edges(64) == [0, 64]
+
+
+class Engine(torch.nn.Module):
+    """As much of DeepSpeed's as a validation uses."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, batch):
+        return self.module(batch)
+
+
+@pytest.mark.parametrize("kind", STAGES)
+def test_a_validation_runs_the_student_once(kind):
+    stage = replace(STAGE, kind=kind)
+    engine, runs = Engine(Step(STAGES[kind](stage), student_model(), teacher_model())), []
+    student = engine.module.student
+    student.model.register_forward_hook(lambda *call: runs.append(1))
+    found = validate(engine, rows(), stage, ALONE)
+    assert len(runs) == 7 + 1  # each row, and the row whose slots are looked into
+    batches = [batch for batch, _ in held_out(rows(), STAGE, ALONE)]
+    with torch.no_grad():
+        losses = [engine(batch)[0].item() for batch in batches]
+    assert found["validation_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-6)
+    assert found["ppl"] == perplexities(sum(position_losses(student, b, 30) for b in batches), 100)
 
 
 def test_all_processes_validate_as_often_and_each_row_counts_once():

@@ -32,9 +32,11 @@ def edges(context: int) -> list[int]:
 
 
 @torch.no_grad()
-def position_losses(model, batch: Batch, chunk: int) -> Tensor:
-    """[2, buckets] float64: cross-entropy summed over the labelled tokens of each bucket, and how many these are."""
-    hidden = hidden_states(model, batch).flatten(0, 1)
+def position_losses(model, batch: Batch, chunk: int, hidden: Tensor | None = None) -> Tensor:
+    """[2, buckets] float64: cross-entropy summed over the labelled tokens of each bucket, and how many these are.
+
+    hidden [B,T,W]: the model's `hidden_states`, where they are known already."""
+    hidden = (hidden_states(model, batch) if hidden is None else hidden).flatten(0, 1)
     labels, logits = batch.labels.flatten(), head(model)
     parts = [
         cross_entropy(wide(logits(x)), y, ignore_index=UNLABELLED, reduction="none")
@@ -63,12 +65,17 @@ def validate(engine, rows: Mixture, stage: StageConfig, group: Group) -> dict:
     """
     batches = held_out(rows, stage, group)
     engine.eval()
+    student, seen = engine.module.student, []
+    hook = student.model.register_forward_hook(lambda model, args, output: seen.append(output.last_hidden_state))
     loss, sums = torch.zeros(2, dtype=torch.float64, device=group.device), 0
     for batch, weight in batches:
         batch = batch.to(group.device)
         loss += weight * torch.stack([engine(batch)[0].double(), loss.new_ones(())])
-        sums = sums + weight * position_losses(engine.module.student, batch, stage.loss.chunk)
-    gates = look(engine.module.student, batches[0][0].input_ids[:1, :LOOKED_AT].to(group.device))
+        # align runs the mixers alone, the other stages have run the model
+        sums = sums + weight * position_losses(student, batch, stage.loss.chunk, seen[0] if seen else None)
+        seen.clear()
+    hook.remove()
+    gates = look(student, batches[0][0].input_ids[:1, :LOOKED_AT].to(group.device))
     engine.train()
     if group.world > 1:
         dist.all_reduce(loss)
