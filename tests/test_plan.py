@@ -7,6 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig
 
 from t2r.cli import main
 from t2r.config import shipped
+from t2r.modeling.attention import GSAttention
 from t2r.plan import empty_student, plan
 from t2r.schema import load_run
 from t2r.train.cost import gsa_flops, hardware_of, softmax_flops, training_flops
@@ -47,14 +48,17 @@ def test_the_paper_s_model_has_the_paper_s_parameters(mistral):
     assert 64 * stage.hours == pytest.approx(hours, rel=0.03)
 
 
+@pytest.mark.parametrize("kept", ["", "1"], ids=["pure", "hybrid"])
 @pytest.mark.parametrize("kind, index", [("distill", 0), ("lm", 1), ("align", 2)])
-def test_operations_are_those_that_torch_counts(tiny, kind, index):
-    """Matrix products of a step, the recurrence left out of both: torch sees how it is chunked, not what it is."""
-    settings = load_run(tiny)
+def test_operations_are_those_that_torch_counts(tiny, kind, index, kept):
+    """Matrix products of a step, the recurrence left out of both: torch sees how it is chunked, not what it is. Of
+    softmax attention torch counts the whole square, of which half is done."""
+    settings = load_run(tiny, [f"convert.keep_softmax='{kept}'"])
     stage = settings.stages[index]
     with torch.device("meta"):
         teacher = LlamaForCausalLM(LlamaConfig(**SIZES, attn_implementation="eager"))
     student = empty_student(settings).to_empty(device="cpu")
+    student.config._attn_implementation = "eager"
     teacher = teacher.to_empty(device="cpu").requires_grad_(False)
     for p in [*student.parameters(), *teacher.parameters()]:
         torch.nn.init.normal_(p, std=0.02)
@@ -64,15 +68,25 @@ def test_operations_are_those_that_torch_counts(tiny, kind, index):
     batch = Batch(ids, ids, torch.arange(64).expand(4, 64), cu_seqlens, torch.tensor(256.0))
     student.lm_head.weight.ds_id = 0  # torch cannot count what runs an autograd of its own: chunks are recomputed
     recomputed = {"lm": 2, "distill": 4, "align": 0}[kind] * student.lm_head.weight.numel()
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, depth=None) as counter:
         STAGES[kind](stage).loss(student, teacher, batch)[0].backward()
-    counts = counter.get_flop_counts()["Global"]
-    products = sum(n for op, n in counts.items() if "bmm" not in str(op))
-    mixers = [m for m in student.modules() if hasattr(m, "f_proj")]
-    flops = training_flops(student, stage)
-    attention = 0 if kind == "lm" else 2 * softmax_flops(student.config, 64)
-    ours = 256 * (flops.total + recomputed - 3 * sum(map(gsa_flops, mixers)) - attention)
-    assert ours == pytest.approx(products, rel=0.02)
+    counts = counter.get_flop_counts()
+    products = sum(n for op, n in counts["Global"].items() if "bmm" not in str(op))
+    flops, mixers = training_flops(student, stage), [m for m in student.modules() if isinstance(m, GSAttention)]
+    with_softmax = ["LlamaModel.layers.0", "LlamaModel.layers.1", *(["GSALlamaModel.layers.1"] if kept else [])]
+    attention = sum(n for name in with_softmax for op, n in counts.get(name, {}).items() if "bmm" in str(op)) / 2
+    ours = 256 * (flops.total + recomputed - 3 * sum(map(gsa_flops, mixers)))
+    assert ours == pytest.approx(products + attention, rel=0.02)
+    passes = {"lm": 0, "distill": 2, "align": 2}[kind] + (3 if kept and kind != "align" else 0)
+    assert attention == 256 * softmax_flops(student.config, 64, passes * [0])
+
+
+def test_attention_within_a_window_reads_no_more(mistral):
+    """The mean over a row, but that a token reads itself whole."""
+    config = MistralConfig(sliding_window=24, num_hidden_layers=3)
+    pairs = sum(min(t, 24) for t in range(1, 101)) / 100
+    assert softmax_flops(config, 100, [0, 2]) == pytest.approx(2 * 4 * 4096 * pairs, rel=0.03)
+    assert softmax_flops(config, 20, [1]) == 4 * 4096 * 10
 
 
 def test_a_plan_counts_the_layers_of_the_conversion(mistral):
@@ -100,6 +114,29 @@ def test_what_is_split_off_takes_less_memory(mistral):
     assert memory("deepspeed.offload=all")["weights"] == memory("deepspeed.offload=all")["optimizer"] == 0
     more = memory("stages.1.activation_checkpointing=false")
     assert more["activations"] > 5 * memory()["activations"]
+
+
+def test_activations_are_those_of_each_layer(mistral):
+    """Layers count one by one, wherever they are; recomputed ones only as far as the largest of them."""
+
+    def activations(*words, stage=1, checkpointing="false"):
+        words = [mistral, *words, f"stages.{stage}.activation_checkpointing={checkpointing}"]
+        return plan("mistral-7b-exact-700m", words, gpus=8).stages[stage].memory["activations"]
+
+    def slots(which):
+        return f"convert.layer_slots='{which}'"
+
+    for stage in (0, 1):
+        less, more = activations(stage=stage), activations("convert.slots=128", stage=stage)
+        one = activations(slots("0=128"), stage=stage) - less
+        assert one == activations(slots("31=128"), stage=stage) - less > 0
+        eight = activations(slots("0-7=128"), stage=stage) - less
+        share = 8 if stage else (8 / 2 + 1) / (1 / 2 + 1)  # align holds half a layer each, and the largest whole
+        assert eight == pytest.approx(share * one) and more > less + eight
+    less, more = (activations(f"convert.slots={n}", checkpointing="true") for n in (64, 128))
+    assert activations(slots("9=128"), checkpointing="true") == more > less
+    kept = [activations(f"convert.keep_softmax={which}") for which in ("0", "0-7")]
+    assert activations() - kept[1] == pytest.approx(8 * (activations() - kept[0])) and kept[0] < activations()
 
 
 def test_a_stage_that_does_not_fit_is_named_with_what_may_help(mistral, capsys):

@@ -40,7 +40,7 @@ def rows(B: int, T: int, vocabulary: int, device: torch.device) -> Batch:
 def flops(model, stage: StageConfig, converted: bool) -> float:
     if converted:
         return training_flops(model, stage).total
-    attention = 3 * model.config.num_hidden_layers * softmax_flops(model.config, stage.context)
+    attention = 3 * softmax_flops(model.config, stage.context, range(model.config.num_hidden_layers))
     return 6 * linear_parameters(model) + attention
 
 

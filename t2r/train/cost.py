@@ -1,10 +1,11 @@
 """What training costs: floating-point operations of a token, and memory of a process. For MFU and `t2r plan`."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from torch import nn
 
-from t2r.families import head_dim
+from t2r.families import head_dim, window
 from t2r.modeling.attention import GSAttention
 from t2r.schema import DeepSpeedConfig, StageConfig
 
@@ -61,17 +62,20 @@ def gsa_flops(mixer: GSAttention) -> float:
     return 3 * mixer.kv_heads * slots * width + 2 * config.num_attention_heads * slots * width
 
 
-def softmax_flops(config, context: int) -> float:
-    """Of attention over the tokens before, one layer, forward, on average over a row."""
-    reach = min(context, getattr(config, "sliding_window", None) or context)
-    return 4 * config.num_attention_heads * head_dim(config) * reach / 2
+def softmax_flops(config, context: int, layers: Iterable[int]) -> float:
+    """Of attention over the tokens before, in the windows of these layers, forward, on average over a row."""
+    reaches = (min(context, window(config, i) or context) for i in layers)
+    # the first `reach` tokens of a row see half of that on average, the others all of it
+    return 4 * config.num_attention_heads * head_dim(config) * sum(n - n * n / (2 * context) for n in reaches)
 
 
 def training_flops(student, stage: StageConfig) -> Flops:
     """Of a token in a stage, for a student whose requires_grad is set as the stage trains it."""
     config, mixers = student.config, [m for m in student.modules() if isinstance(m, GSAttention)]
     recurrence = 3 * sum(map(gsa_flops, mixers))  # backward is twice forward
-    layers, attention = config.num_hidden_layers, softmax_flops(config, stage.context)
+    layers = range(config.num_hidden_layers)
+    attention = softmax_flops(config, stage.context, layers)
+    kept = 3 * softmax_flops(config, stage.context, set(layers) - {mixer.layer_idx for mixer in mixers})
     new = sum(mixer.f_proj.weight.numel() for mixer in mixers)
     if stage.kind == "align":
         # the mixers' inputs are given, so gradients go back through o_proj only
@@ -79,9 +83,9 @@ def training_flops(student, stage: StageConfig) -> Flops:
             linear_parameters(m) + linear_parameters(m.o_proj) + linear_parameters(m, trained=True) for m in mixers
         ]
         backbone = linear_parameters(student.model) - new
-        return Flops(2 * sum(parts) + recurrence, 2 * backbone + layers * attention)
-    both = 4 * linear_parameters(student) + 2 * linear_parameters(student, trained=True) + recurrence
-    teacher = 2 * (linear_parameters(student) - new) + layers * attention if stage.kind == "distill" else 0.0
+        return Flops(2 * sum(parts) + recurrence, 2 * backbone + attention)
+    both = 4 * linear_parameters(student) + 2 * linear_parameters(student, trained=True) + recurrence + kept
+    teacher = 2 * (linear_parameters(student) - new) + attention if stage.kind == "distill" else 0.0
     return Flops(both, teacher)
 
 
@@ -114,14 +118,16 @@ def training_memory(
     if stage.kind in ("align", "distill"):
         share = {"whole": 1.0, "sharded": 1 / world, "cpu": 0.0}[deepspeed.teacher]
         teacher = share * width * total
-    tokens, layers = stage.micro_batch * stage.context, config.num_hidden_layers
-    layer = layer_bytes(student, width)
-    if stage.kind == "align":  # the teacher's inputs and outputs of all mixers, and each mixer's own activations
-        kept = layers * (2 * width * config.hidden_size + (0 if stage.activation_checkpointing else layer / 2)) + layer
+    tokens = stage.micro_batch * stage.context
+    slots = {m.layer_idx: m.gsa.slots for m in student.modules() if isinstance(m, GSAttention)}
+    layers = [layer_bytes(config, slots.get(i), width) for i in range(config.num_hidden_layers)]
+    if stage.kind == "align":  # inputs and outputs of all the teacher's attention, and each mixer's own activations
+        own = 0 if stage.activation_checkpointing else sum(layers[i] for i in slots) / 2
+        kept = len(layers) * 2 * width * config.hidden_size + own + max(layers)
     elif stage.activation_checkpointing:
-        kept = layers * width * config.hidden_size + layer
+        kept = len(layers) * width * config.hidden_size + max(layers)
     else:
-        kept = layers * layer
+        kept = sum(layers)
     chunk = min(stage.loss.chunk, tokens)
     logits = 0.0 if stage.kind == "align" else 4 * chunk * config.vocab_size * (5 if stage.kind == "distill" else 3)
     if stage.kind != "align" and student.lm_head.weight.requires_grad:
@@ -130,13 +136,10 @@ def training_memory(
     return Memory(weights, gradients, optimizer, teacher, tokens * kept, logits, buffers)
 
 
-def layer_bytes(student, width: int) -> float:
-    """Of a token in one layer, what the backward pass needs: inputs of norms and products, in computing width; q, k, v,
-    output and gates of the recurrence in float32 beside it."""
-    config = student.config
-    mixer = next(m for m in student.modules() if isinstance(m, GSAttention))
-    heads = (config.num_attention_heads, mixer.kv_heads)
-    projected = (2 * heads[0] + 2 * heads[1]) * mixer.head_dim
+def layer_bytes(config, slots: int | None, width: int) -> float:
+    """Of a token in a layer, what the backward pass needs: inputs of norms and products, in computing width; with slots
+    (None: softmax attention) also q, k, v, output and gates of the recurrence in float32."""
+    projected = 2 * (config.num_attention_heads + config.num_key_value_heads) * head_dim(config)
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    recurrence = projected + 3 * heads[1] * mixer.gsa.slots
+    recurrence = 0 if slots is None else projected + 3 * config.num_key_value_heads * slots
     return width * (6 * config.hidden_size + projected + 4 * inner) + 4 * recurrence
