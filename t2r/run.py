@@ -49,7 +49,7 @@ def compare_all(settings: RunConfig, folder: Path) -> None:
         if not start.exists():
             make_start(settings.source, other, start)
         models.append(f"{other.label}={start}")
-    models.append(f"{settings.convert.preset}-start={folder / START}")
+    models.append(f"{settings.convert.chosen_preset}-start={folder / START}")
     if settings.stages:
         models.append(f"trained={folder / MODEL}")
     what = settings.compare

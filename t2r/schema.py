@@ -14,12 +14,13 @@ LARGEST_LR = 1.0
 
 @dataclass
 class ConvertConfig:
-    """How the source becomes a GSA model: the options of `t2r convert`. None: the preset's, or the source's dtype.
+    """How the source becomes a GSA model: the options of `t2r convert`. None: the preset exact (of a source that
+    has slots already its own), the preset's slots and sinks, the source's dtype.
     layer_slots: slots of single layers, such as "0-3=128,9=256". keep_softmax: layers that stay, such as "0,8-11".
     verify: prove the result before training it.
     """
 
-    preset: Literal["exact", "paper"] = "exact"
+    preset: Literal["exact", "paper"] | None = None
     slots: int | None = None
     sinks: int | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -29,9 +30,14 @@ class ConvertConfig:
     verify: bool = True
 
     @property
+    def chosen_preset(self) -> str:
+        """The preset of a source that has no slots yet."""
+        return self.preset or "exact"
+
+    @property
     def label(self) -> str:
         """What an untrained conversion is called in a comparison."""
-        return "-".join([self.preset, *([str(self.slots)] if self.slots else []), "start"])
+        return "-".join([self.chosen_preset, *([str(self.slots)] if self.slots else []), "start"])
 
 
 @dataclass
@@ -321,7 +327,7 @@ def check_data(config: RunConfig, wrong: Callable[..., NoReturn]) -> None:
 def check_compare(compare: CompareConfig, convert: ConvertConfig, wrong: Callable[..., NoReturn]) -> None:
     if compare.limit is not None and compare.limit < 1:
         wrong("compare.limit", f"is {compare.limit}, it must be positive")
-    labels = [f"{convert.preset}-start"]
+    labels = [f"{convert.chosen_preset}-start"]
     for i, other in enumerate(compare.beside):
         if other.label in labels:
             wrong(f"compare.beside.{i}", f"is called {other.label} like another start: give it other slots")

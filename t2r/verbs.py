@@ -27,7 +27,7 @@ class Verb(NamedTuple):
 def _convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="hub id, local folder, GGUF file, or package:NAME")
     parser.add_argument("out", metavar="OUT", help="folder to write; it must not exist")
-    parser.add_argument("--preset", default="exact", help="default: exact", **one_of("exact", "paper"))
+    parser.add_argument("--preset", help="default: exact", **one_of("exact", "paper"))
     parser.add_argument("--slots", type=int, metavar="N", help="memory slots of each head (default: the preset's)")
     parser.add_argument(
         "--sinks", type=int, metavar="N", help="slots kept for the first tokens (default: the preset's)"

@@ -199,3 +199,13 @@ def test_slots_of_an_imported_model_are_not_ours_to_choose(exported, tmp_path):
     for option in ({"slots": 64}, {"slots": 0}, {"sinks": 0}):
         with pytest.raises(UserError, match="has its slots already"):
             convert(str(exported), str(tmp_path / "out"), **option)
+
+
+def test_a_preset_is_chosen_only_if_it_is_what_an_imported_model_has(exported, tmp_path, capfd):
+    words = ["convert", str(exported), str(tmp_path / "out"), "--dry-run"]
+    for chosen in ([], ["--preset", "paper"]):
+        assert main(words + chosen) == 0
+        assert "preset paper: 12 slots" in capfd.readouterr().out
+    assert main([*words, "--preset", "exact"]) == 2
+    err = capfd.readouterr().err
+    assert "is of the preset paper already and cannot become exact" in err and "nearest valid: --preset paper" in err

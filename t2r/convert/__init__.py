@@ -23,7 +23,7 @@ SIZES = (
 def convert(
     source: str,
     out: str,
-    preset: str = "exact",
+    preset: str | None = None,
     slots: int | None = None,
     sinks: int | None = None,
     dtype: str | None = None,
@@ -37,7 +37,8 @@ def convert(
 ) -> None:
     """Convert `source` (hub id, folder, GGUF file or package:NAME) into the new folder `out`.
 
-    preset: "exact" starts as a ring buffer that equals the source within its slots; "paper" as arXiv 2409.07146.
+    preset: "exact", the default, starts as a ring buffer that equals the source within its slots; "paper" as arXiv
+    2409.07146, which a model of flash-linear-attention is already.
     slots, sinks: in place of the preset's. long_slots: added outside the ring. layer_slots: in place of slots in single
     layers, such as "0-3=128,9=256". keep_softmax: layers that stay as they are, such as "0,8-11".
     dtype: name of the dtype to write, default the source's (float32 for GGUF).
@@ -61,9 +62,12 @@ def convert(
     if opened.is_foreign:
         if slots is not None or sinks is not None or long_slots or layer_slots or keep_softmax:
             raise UserError("this model has its slots already: only its dtype can be chosen", where=opened.path)
+        if preset not in (None, "paper"):
+            what = f"this model is of the preset paper already and cannot become {preset}"
+            raise UserError(what, where=opened.path, nearest="--preset paper")
         plan = import_plan(opened, dtype)
     else:
-        plan = make_plan(opened, preset, slots, sinks, dtype, long_slots, layer_slots, keep_softmax)
+        plan = make_plan(opened, preset or "exact", slots, sinks, dtype, long_slots, layer_slots, keep_softmax)
     print(plan, flush=True)
     if dry_run:
         return
