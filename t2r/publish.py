@@ -15,7 +15,7 @@ CARD = """# {name}
 ## Use
 
 ```python
-import t2r  # pip install t2r; without it pass trust_remote_code=True, which runs the PyTorch code in this repository
+import t2r  # pip install t2r; without it give both lines trust_remote_code=True, which runs this folder's PyTorch code
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{name}")

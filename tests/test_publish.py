@@ -6,12 +6,15 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import distribution
 
 import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from transformers import AutoModel, AutoModelForCausalLM
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from t2r.cli import main
 from t2r.convert import convert
@@ -22,51 +25,74 @@ from t2r.convert.standalone import bundle, claim
 WITHOUT_T2R = """
 import sys
 
-for name in ("t2r", "triton", "deepspeed", "peft", "datasets", "omegaconf"):
-    sys.modules[name] = None  # importing it raises ImportError
+site, folder, out = sys.argv[1:]
+sys.path.append(site)
 import torch
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-folder, out = sys.argv[1:]
-ids = torch.arange(3, 83)[None]
-result = {}
+found = {}
 for where in (folder, out + "/copy"):
-    model = AutoModelForCausalLM.from_pretrained(where, trust_remote_code=True).eval()
-    base = AutoModel.from_pretrained(where, trust_remote_code=True).eval()
+    settings = {"trust_remote_code": True}
+    text = AutoTokenizer.from_pretrained(folder, **settings)("without t2r, in eighty letters" * 3, return_tensors="pt")
+    ids = text.input_ids[:, :80]
+    model = AutoModelForCausalLM.from_pretrained(where, **settings).eval()
+    base = AutoModel.from_pretrained(where, **settings).eval()
     with torch.inference_mode():
-        result[where] = {
+        found[where] = {
+            "ids": ids,
             "logits": model(ids).logits,
             "hidden": base(ids).last_hidden_state,
             "tokens": model.generate(ids, max_new_tokens=8, do_sample=False),
         }
     model.save_pretrained(out + "/copy")
-torch.save(result, out + "/result.pt")
+torch.save((found, [name for name in sys.modules if name.partition(".")[0] in ("t2r", "omegaconf")]), out + "/found.pt")
 """
 
 
-@pytest.mark.parametrize("preset", ["exact", "paper"])
-def test_a_folder_loads_without_t2r(tiny_llama, tmp_path, preset):
-    folder = tmp_path / "model"
-    convert(str(tiny_llama), str(folder), preset=preset, slots=32, verify=False)
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    words = [sys.executable, "-c", WITHOUT_T2R, folder, tmp_path]
-    run = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    result = torch.load(tmp_path / "result.pt")
+@pytest.fixture(scope="module")
+def only_transformers(tmp_path_factory):
+    """A folder of packages: torch, transformers and what these two say that they need, as links."""
+    folder, waiting, seen = tmp_path_factory.mktemp("site"), ["torch", "transformers"], set()
+    while waiting:
+        if (name := canonicalize_name(waiting.pop())) in seen:
+            continue
+        seen.add(name)
+        package = distribution(name)
+        for top in {file.parts[0] for file in package.files} - {"..", "__pycache__"}:
+            if not (folder / top).exists():
+                (folder / top).symlink_to(package.locate_file(top))
+        needed = map(Requirement, package.requires or [])
+        waiting += [one.name for one in needed if not one.marker or one.marker.evaluate({"extra": ""})]
+    return folder
 
-    ids = torch.arange(3, 83)[None]
+
+@pytest.mark.parametrize("options", [{}, {"preset": "paper"}, {"keep_softmax": "1"}], ids=["exact", "paper", "hybrid"])
+def test_a_folder_loads_without_t2r(tiny_llama, only_transformers, tmp_path, options):
+    """In a Python without this one's site-packages and paths, isolated (-I -S), in an empty working directory."""
+    folder = tmp_path / "model"
+    convert(str(tiny_llama), str(folder), slots=32, verify=False, **options)
+    (tmp_path / "empty").mkdir()
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    words = [sys.executable, "-I", "-S", "-c", WITHOUT_T2R, only_transformers, folder, tmp_path]
+    run = subprocess.run(words, cwd=tmp_path / "empty", env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    found, foreign = torch.load(tmp_path / "found.pt")
+    assert foreign == [] and len(found) == 2
+
     model, base = (cls.from_pretrained(folder).eval() for cls in (AutoModelForCausalLM, AutoModel))
     assert type(model).__module__ == "t2r.modeling.models"
+    text = AutoTokenizer.from_pretrained(folder)("without t2r, in eighty letters" * 3, return_tensors="pt")
+    ids = text.input_ids[:, :80]
     with torch.inference_mode():
         expected = {
+            "ids": ids,
             "logits": model(ids).logits,
             "hidden": base(ids).last_hidden_state,
             "tokens": model.generate(ids, max_new_tokens=8, do_sample=False),
         }
-    assert len(result) == 2
-    for where, found in result.items():
+    for where, values in found.items():
         for key, value in expected.items():
-            assert torch.equal(found[key], value), (where, key)
+            assert torch.equal(values[key], value), (where, key)
 
 
 def test_where_t2r_is_installed_its_own_classes_run(tiny_llama, tmp_path):
