@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
+import numpy
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize, silu
 
-from t2r.evaluate.movement import trained
+from t2r.evaluate.movement import damaged_weights, trained
 from t2r.evaluate.perplexity import Blocks
 from t2r.evaluate.statistics import Metric
 from t2r.evaluate.task import Outcome, Plot
@@ -57,7 +58,7 @@ class SlotUse(Blocks):
             Metric("attention past the window", "%", mean["past"]),
             Metric("attention inside the window", "%", mean["window"]),
             Metric("attention on sinks", "%", mean["sinks"]),
-            Metric("half-life", "tokens", statistics.median(record["half_life"] for record in records)),
+            Metric("half-life", "tokens", float(numpy.median([record["half_life"] for record in records]))),
             Metric("occupancy", "%", mean["occupancy"]),
             Metric("effective slots", "slots", mean["effective"]),
             Metric("similarity of slots", "cosine", mean["similarity"]),
@@ -65,7 +66,8 @@ class SlotUse(Blocks):
         for i in heads:
             past = statistics.fmean(row["past"] for row in heads[i])
             metrics.append(Metric(f"layer {i}", "%", past, x=i))
-        return Outcome(metrics, records, table(records), self.warnings(heads, mean["past"], trained(model)))
+        warnings = damaged_weights(model) + self.warnings(heads, mean["past"], trained(model))
+        return Outcome(metrics, records, table(records), warnings)
 
     def look(self, call: dict) -> list[dict[str, float]]:
         """The measures of one layer, for each kv head."""
@@ -143,7 +145,8 @@ def look_into(call: dict, head: int, at: Tensor) -> Seen:
 
 def half_life(held: Tensor, write: Tensor) -> float:
     """Tokens after which half of what a token has written is gone, the median over the writes in the first half of the
-    text, each with its weight; the rest of the text where it never is. held, write [B,T,M]; 0 where nothing is written.
+    text, each with its weight; the rest of the text where it never is. held, write [B,T,M]; 0 where nothing is written,
+    NaN where a weight is.
     """
     lost = -held.transpose(1, 2).contiguous()  # [B,M,T], rising
     T = lost.shape[-1]
@@ -151,8 +154,8 @@ def half_life(held: Tensor, write: Tensor) -> float:
     half = torch.searchsorted(lost, starts + math.log(2) * (1 - 1e-9)) - torch.arange(T // 2, device=lost.device)
     lives, order = half.flatten().sort()
     weights = write[:, : T // 2].transpose(1, 2).flatten()[order].cumsum(0)
-    if weights[-1] <= EMPTY:
-        return 0.0
+    if not weights[-1] > EMPTY:
+        return 0.0 * float(weights[-1])
     return float(lives[torch.searchsorted(weights, weights[-1] / 2)])
 
 

@@ -1,19 +1,20 @@
 """How far a model is from its original, token by token and layer by layer, on the same text."""
 
 import dataclasses
+import math
 import re
-import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
 
+import numpy
 import torch
 from torch import Tensor
 
 from t2r.evaluate.efficiency import greedy
-from t2r.evaluate.movement import OUTLIER, trained
+from t2r.evaluate.movement import OUTLIER, median, trained
 from t2r.evaluate.perplexity import SEGMENT, Blocks, in_segments
 from t2r.evaluate.scoring import ROWS, batches
 from t2r.evaluate.statistics import Metric, score
@@ -122,20 +123,23 @@ class Layers(Blocks):
             metrics.append(Metric(f"layer {i}", "%", past.item(), x=i))
             records.append({"layer": i, "within": within.item(), "past": past.item(), "heads": heads.tolist()})
         for key in ("within", "past"):
-            metrics.insert(0, Metric(f"worst layer, {key}", "%", max(record[key] for record in records)))
-            metrics.insert(0, Metric(f"median layer, {key}", "%", statistics.median(record[key] for record in records)))
+            values = [record[key] for record in records]  # numpy's are NaN where one of them is
+            metrics.insert(0, Metric(f"worst layer, {key}", "%", float(numpy.max(values))))
+            metrics.insert(0, Metric(f"median layer, {key}", "%", float(numpy.median(values))))
         faults, changes = self.outliers(records, trained(model, original))
         return Outcome(metrics, records, "\n".join([table(records), *changes]), faults)
 
     def outliers(self, records: list[dict], trained: set[int]) -> tuple[list[str], list[str]]:
         """The layers that stand out at positions where nothing has been forgotten yet, with their worst heads: those
         that are damaged, and those that have moved no more than the others in training."""
-        usual = statistics.median_low(record["within"] for record in records)
+        usual = median(record["within"] for record in records)
         bound = max(self.FAULT, OUTLIER * usual)
         faults, changes = [], []
         for record in records:
-            if record["within"] > bound:
-                layer = record["layer"]
+            layer = record["layer"]
+            if not math.isfinite(record["within"]):
+                faults.append(f"layer {layer} is damaged: its output is not finite")
+            elif record["within"] > bound:
                 heads = ", ".join(f"{h} ({e:.0f} %)" for h, e in enumerate(record["heads"]) if e > bound)
                 what = f"{record['within']:.0f} % error within its slots" + (f", heads {heads}" if heads else "")
                 if layer in trained:

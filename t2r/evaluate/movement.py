@@ -4,10 +4,14 @@ An optimizer that normalises its steps moves all layers alike. A layer that some
 one of its parameters at least, and in a conversion that nobody has trained any change at all does.
 """
 
+import math
+import re
 import statistics
+from collections.abc import Iterable
 
 from t2r.modeling.attention import GSAttention
 
+LAYER = re.compile(r"\blayers\.(\d+)\.")
 OUTLIER = 4.0  # times the median over layers; layers of trained SmolLM2-135M lie within 1.9
 
 
@@ -32,12 +36,24 @@ def movement(model, original=None) -> dict[tuple[bool, str], dict[int, float]]:
     return found
 
 
+def median(values: Iterable[float]) -> float:
+    """The lower median of those that are finite; 0 where none is."""
+    return statistics.median_low([value for value in values if math.isfinite(value)] or [0.0])
+
+
+def damaged_weights(model) -> list[str]:
+    """A line for each weight with numbers that are not finite."""
+    names = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+    where = [f"layer {found[1]}" if (found := LAYER.search(name)) else "the model" for name in names]
+    return [f"{place} is damaged: {name} is not finite" for place, name in zip(where, names, strict=True)]
+
+
 def trained(model, original=None) -> set[int]:
     """The layers that have moved as all layers have: out of the start, and out of proportion in no parameter."""
     layers: set[int] = set()
     alone: set[int] = set()
     for moved in movement(model, original).values():
-        usual = statistics.median_low(moved.values())
+        usual = median(moved.values())
         layers |= {i for i in moved if moved[i] > 0}
-        alone |= {i for i in moved if moved[i] > OUTLIER * usual}
+        alone |= {i for i in moved if not moved[i] <= OUTLIER * usual}
     return layers - alone

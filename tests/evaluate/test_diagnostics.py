@@ -143,6 +143,24 @@ def test_a_damaged_layer_is_named(layer, damage, folders, tmp_path, recipe, byte
     )
 
 
+@pytest.mark.parametrize("name", ["self_attn.q_proj", "self_attn.f_proj", "self_attn.o_proj", "mlp.up_proj"])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_layer_with_nan_weights_is_named(layer, name, folders, tmp_path, recipe, byte_tokenizer):
+    model = load(folders / "gsa")
+    model.model.layers[layer].get_submodule(name).weight.data[3, 5] = float("nan")
+    model.save_pretrained(tmp_path / "nan")
+    byte_tokenizer().save_pretrained(tmp_path / "nan")
+    tasks = [{"kind": kind, "block": 64, "items": 2} for kind in ("layers", "slot_use")]
+    models = [str(folders / "llama"), str(tmp_path / "nan")]
+    report = compare(models, recipe(tasks=tasks, ablation=False), str(tmp_path / "report"))
+    want = [f"nan: layer {layer} is damaged: model.layers.{layer}.{name}.weight is not finite"]
+    if name != "mlp.up_proj":
+        want.insert(0, f"nan: layer {layer} is damaged: its output is not finite")
+    assert [line for line in report["warnings"] if "is damaged" in line] == want
+    worst = report["results"]["layers"]["metrics"]["worst layer, within"]["nan"]["value"]
+    assert (worst is None) == (name != "mlp.up_proj")  # JSON has no NaN
+
+
 @pytest.fixture(scope="module")
 def slightly_trained(folders, tmp_path_factory, byte_tokenizer):
     """An original of four layers whose first says little, so that the same steps change its output far more than the
