@@ -55,14 +55,16 @@ class PlanReport:
             lines += [
                 f"stage {i} {stage.kind}: {stage.tokens:,} tokens in {stage.steps:,} steps, {plan.trained:,} trained",
                 f"  memory  {used / 1e9:.1f} GB a GPU ({parts}){'' if self.fits(plan) else ': DOES NOT FIT'}",
-                f"  step    {plan.step_seconds:.2f} s, {plan.tokens_per_second:,.0f} tokens/s",
-                f"  time    {plan.hours:.2f} h, {plan.hours * self.gpus:.2f} GPU hours",
+                f"  step    {span(plan.step_seconds)}, {plan.tokens_per_second:,.0f} tokens/s",
+                f"  time    {self.time(plan.hours)}",
             ]
             if not self.fits(plan):
                 lines.append(f"  try     {self.advice(i, plan)}")
-        hours = sum(plan.hours for plan in self.stages)
-        lines.append(f"together {hours:.2f} h, {hours * self.gpus:.2f} GPU hours; memory and time are estimates")
+        lines.append(f"together {self.time(sum(plan.hours for plan in self.stages))}; memory and time are estimates")
         return "\n".join(lines)
+
+    def time(self, hours: float) -> str:
+        return f"{span(3600 * hours)}, {span(3600 * hours * self.gpus)} of GPU time"
 
     def advice(self, i: int, plan: StagePlan) -> str:
         """The option that would save most of what is largest."""
@@ -74,6 +76,13 @@ class PlanReport:
         if largest == "teacher":
             return "deepspeed.teacher=sharded" if self.gpus > 1 else "deepspeed.teacher=cpu"
         return "deepspeed.zero=3" if self.gpus > 1 else "deepspeed.offload=optimizer"
+
+
+def span(seconds: float) -> str:
+    """In the largest unit that it has one of, to three digits: 38.7 ms, 7 s, 2.5 min, 1,497 h."""
+    size, unit = next((pair for pair in ((3600, "h"), (60, "min"), (1, "s")) if seconds >= pair[0]), (1e-3, "ms"))
+    value = seconds / size
+    return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
 
 
 def plan(config: str, overrides: Sequence[str] = (), gpu: str = "h100", gpus: int = 1, mfu: float = 0.3) -> PlanReport:

@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig
 from t2r.cli import main
 from t2r.config import shipped
 from t2r.modeling.attention import GSAttention
-from t2r.plan import empty_student, plan
+from t2r.plan import empty_student, plan, span
 from t2r.schema import load_run
 from t2r.train.cost import gsa_flops, hardware_of, softmax_flops, training_flops
 from t2r.train.parameters import parameter_groups
@@ -156,6 +156,22 @@ def test_a_stage_that_does_not_fit_is_named_with_what_may_help(mistral, capsys):
 def test_shipped_configs_fit_what_they_say(name, mistral):
     gpus, gpu = {"mistral-7b-paper-20b": (64, "h100"), "mistral-7b-lora-24gb": (1, "rtx4090")}.get(name, (8, "h100"))
     assert plan(name, [mistral], gpu, gpus).passed
+
+
+def test_times_are_printed_in_a_unit_that_fits(tiny):
+    times = {
+        0.0387: "38.7 ms",
+        0.4: "400 ms",
+        7: "7 s",
+        59.9: "59.9 s",
+        150: "2.5 min",
+        5400: "1.5 h",
+        5.39e6: "1,497 h",
+    }
+    assert {seconds: span(seconds) for seconds in times} == times
+    report = plan(str(tiny), gpus=2)
+    hours = sum(stage.hours for stage in report.stages)
+    assert f"together {span(3600 * hours)}, {span(7200 * hours)} of GPU time;" in str(report)
 
 
 def test_gpus_are_known_by_the_name_that_cuda_gives_them():
