@@ -227,7 +227,7 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(stages, st
     refuses("exists and holds no run; nearest valid: --out .*full-2", out="full")
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "deepspeed", None)
-        refuses("training needs DeepSpeed; try: `DS_BUILD_OPS=0 pip install deepspeed`")
+        refuses("training needs DeepSpeed; try: `DS_BUILD_OPS=0 pip install 'deepspeed>=0.19'`")
     if not torch.cuda.is_available():
         refuses("device is cuda, but torch sees no GPU", "device=cuda")
     sizes = {"hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 6, "num_key_value_heads": 2}

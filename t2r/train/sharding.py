@@ -46,7 +46,7 @@ def require_deepspeed(device: str):
     try:
         import deepspeed
     except ImportError as error:
-        raise UserError("training needs DeepSpeed", next="DS_BUILD_OPS=0 pip install deepspeed") from error
+        raise UserError("training needs DeepSpeed", next="DS_BUILD_OPS=0 pip install 'deepspeed>=0.19'") from error
     if device == "cpu":
         # a shared memory all-reduce that would be compiled here and now; gloo has its own
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
