@@ -30,6 +30,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { padding: .2rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #e4e4e4; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
 thead th { border-bottom: 2px solid #888; vertical-align: bottom; }
+thead th:first-child { white-space: normal; }
 .warning { border-left: .3rem solid #d55e00; padding: .4rem .8rem; background: #fdf1e7; }
 figure { margin: 1rem 0; }
 figure svg { width: 100%; height: auto; max-width: 44rem; }
