@@ -73,7 +73,8 @@ def main(source: str, clean: str, out: str) -> None:
     from t2r.convert.source import open_source
     from t2r.convert.verify import TEXT
 
-    folder = Path(tempfile.mkdtemp())
+    made = tempfile.TemporaryDirectory()  # removed at exit
+    folder = Path(made.name)
     kept = ",".join(map(str, range(3, open_source(source).config.num_hidden_layers, 4)))
     options = {"exact": {}, "paper": {"preset": "paper"}, "hybrid": {"keep_softmax": kept}}
     for name, chosen in options.items():

@@ -104,7 +104,8 @@ def compare(folder: Path, length: int, dtype: str) -> dict:
 
 
 def main(out: str, limit: str = "180") -> None:
-    folder = Path(tempfile.mkdtemp())
+    made = tempfile.TemporaryDirectory()  # removed at exit
+    folder = Path(made.name)
     names = ("t2r", "torch", "triton", "transformers", "cuda")
     record = {name: value for name, value in facts().items() if name in names}
     record |= {"device": DEVICE, "tensors equal after export and import": make_models(folder), "logits": []}
