@@ -17,6 +17,8 @@ from t2r.errors import UserError, nearest
 from t2r.evaluate.statistics import Metric, perplexity, score, share
 from t2r.evaluate.task import EVAL, MissingData, Outcome, Place, Task, locate, rows, take
 
+# Metrics of lm-eval that are right or wrong. Their names say so: a ROUGE that is 0 on every item is no share.
+SHARE = re.compile(r"acc|exact|contains|pass@|^em$")
 SLICE = re.compile(r"(.+)\[(-?\d*):(-?\d*)\]")
 
 
@@ -169,7 +171,7 @@ class Harness(Task):
                 name = key if len(filters) == 1 else f"{key}, {chosen}"
                 if key in ("perplexity", "ppl"):
                     metrics.append(perplexity(name, [-value for value in values]))
-                elif set(values) <= {0, 1}:
+                elif SHARE.search(key) and set(values) <= {0, 1}:
                     metrics.append(share(name, values, chance=chance(own)))
                 else:
                     metrics.append(score(name, values))

@@ -76,6 +76,14 @@ def test_our_means_are_lm_evals(model, tokenizer, eval_data):
             assert metric.value == pytest.approx(sum(theirs) / len(theirs)), (name, key)
 
 
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_a_metric_has_one_unit_whatever_its_values(value):
+    names = ["acc_norm", "prompt_level_strict_acc", "exact_match", "em", "contains", "pass@1", "f1", "rouge1", "bleu"]
+    sample = {"filter": "none", "metrics": names, "resps": [["said"]], **dict.fromkeys(names, value)}
+    units = [metric.unit for metric in Harness("t", task="any").summarise([sample] * 3)]
+    assert units == ["share"] * 6 + ["score"] * 3
+
+
 def test_our_own_kinds_give_the_same_numbers(model, tokenizer, eval_data):
     place = Place(data=eval_data)
     for own, name, pairs in [
