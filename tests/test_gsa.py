@@ -50,7 +50,9 @@ def test_packed_documents(spec, bounds, in_flight, monkeypatch):
 def test_documents_are_dealt_once_for_all_layers(monkeypatch):
     """The layout of packed documents, which costs a host read, is worked out anew only for new or changed bounds."""
     dealt, deal = [], chunked.deal_documents
-    monkeypatch.setattr(chunked, "deal_documents", lambda bounds: dealt.append(bounds.tolist()) or deal(bounds))
+    monkeypatch.setattr(
+        chunked, "deal_documents", lambda bounds, *args: dealt.append(bounds.tolist()) or deal(bounds, *args)
+    )
     args, state = draw(PAPER, B=1, T=90, H=1, G=1, D=8, M=16, documents=2)
     bounds = torch.tensor([0, 30, 90])
     for _ in range(3):

@@ -10,7 +10,7 @@ from gsa_cases import LONG_SLOTS, PAPER, SOFT_CLOCK, assert_same, draw, results
 from torch.utils.checkpoint import checkpoint
 
 from t2r.kernels.gsa import GSASpec, SlotState, chunk_gsa, fused, gsa
-from t2r.kernels.gsa.fused import chunk_table
+from t2r.kernels.gsa.documents import chunk_table
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TIED = GSASpec(gate="log_alpha", occupancy=True)

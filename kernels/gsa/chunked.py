@@ -16,8 +16,6 @@ exact as alpha = 1; and everything is a matrix product. Gradients are autograd's
 Shape legend: spec.py; n = chunks, F = D + E + 1 (keys, values and occupancy of a slot side by side).
 """
 
-import weakref
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -25,6 +23,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
+from .documents import deal_documents, remembered
 from .spec import GSASpec, SlotState, read_weights
 
 CHUNK = 64
@@ -178,7 +177,7 @@ def chunked(
         place, starts, carry = None, None, initial
         tensors = [None if x is None else pad(x, (0, 0) * (x.dim() - 2) + (0, -T % CHUNK)) for x in tensors]
     else:
-        place, starts, ends = layout(cu_seqlens)
+        place, starts, ends = remembered(deal_documents, cu_seqlens, CHUNK, SEGMENT)
         lanes, length = starts.shape[0], starts.shape[1] * CHUNK
         carry = torch.zeros_like(initial[:1]).expand(lanes, -1, -1, -1)
         tensors = [
@@ -206,49 +205,3 @@ def chunked(
         final = torch.where(ends[:, None, None, None] >= 0, after[ends.clamp(min=0)], initial)
     K, V, z = final.split([D, E, 1], dim=-1)
     return o * (positions >= 0)[:, :, None, None, None], SlotState(K, V, z[..., 0], state.position)
-
-
-_last_layout: tuple = (lambda: None, None, None)
-
-
-def layout(cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`deal_documents`, once for all layers that are given the same tensor: it costs a host read and a Python loop."""
-    global _last_layout
-    if cu_seqlens.is_inference() or torch.is_inference_mode_enabled():
-        return deal_documents(cu_seqlens)  # such tensors count no versions, and training could not reuse the result
-    known, version, result = _last_layout
-    if known() is not cu_seqlens or version != (cu_seqlens._version, SEGMENT):
-        result = deal_documents(cu_seqlens)
-        _last_layout = (weakref.ref(cu_seqlens), (cu_seqlens._version, SEGMENT), result)
-    return result
-
-
-def deal_documents(cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Deal documents [N+1] to lanes of about equal length, so that short ones are read side by side and not one after
-    the other. A document starts a new chunk; the longest go first, each to the first lane with room.
-
-    Returns place [T]: where each token goes in the flattened lanes; starts [lanes,n] on the CPU: the document that
-    begins with a chunk, or -1; ends [N]: the flattened index of each document's last chunk, -1 if it is empty.
-    """
-    bounds = cu_seqlens.tolist()
-    chunks = [-(-(end - begin) // CHUNK) for begin, end in pairwise(bounds)]
-    capacity = max(max(chunks), SEGMENT // CHUNK)
-    filled: list[int] = []
-    where: dict[int, tuple[int, int]] = {}
-    for n in sorted(range(len(chunks)), key=lambda n: -chunks[n]):
-        if chunks[n]:
-            lane = next((i for i, used in enumerate(filled) if used + chunks[n] <= capacity), len(filled))
-            if lane == len(filled):
-                filled.append(0)
-            where[n] = lane, filled[lane]
-            filled[lane] += chunks[n]
-    per_lane = max(filled)
-    starts = torch.full((len(filled), per_lane), -1)
-    ends = torch.full((len(chunks),), -1)
-    place = torch.empty(bounds[-1], dtype=torch.long)
-    for n, (lane, chunk) in where.items():
-        first = lane * per_lane + chunk
-        starts[lane, chunk] = n
-        ends[n] = first + chunks[n] - 1
-        place[bounds[n] : bounds[n + 1]] = torch.arange(bounds[n + 1] - bounds[n]) + first * CHUNK
-    return place.to(cu_seqlens.device), starts, ends.to(cu_seqlens.device)

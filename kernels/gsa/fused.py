@@ -7,7 +7,6 @@ Shape legend: spec.py, tile.py.
 """
 
 import functools
-import weakref
 from typing import NamedTuple
 
 import torch
@@ -16,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import backward, decode, forward, gates
+from .documents import chunk_table, remembered
 from .spec import GSASpec, SlotState
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
@@ -94,34 +94,6 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, occupancy: bool, s: T
     if tile_for(max(D, E), M, G, q.dtype, shared_memory(q.device)) is None:
         return f"heads of {max(D, E)} with {M} slots in {q.dtype} on a GPU with so little shared memory"
     return None
-
-
-def chunk_table(cu_seqlens: Tensor, total: int, chunk: int) -> tuple[Tensor, Tensor]:
-    """Chunks of packed documents [N+1] without a host read: table [n,2] (first token, tokens; 0 tokens where a row is
-    not used, as n counts for the worst case) and bounds [N+1], the first chunk of each document."""
-    lengths = cu_seqlens.diff()
-    bounds = torch.cat([lengths.new_zeros(1), (lengths + chunk - 1).div(chunk, rounding_mode="floor").cumsum(0)])
-    index = torch.arange(total // chunk + lengths.shape[0], device=cu_seqlens.device)
-    document = torch.searchsorted(bounds[1:], index, right=True).clamp(max=lengths.shape[0] - 1)
-    begin = cu_seqlens[document] + (index - bounds[document]) * chunk
-    count = (cu_seqlens[document + 1] - begin).clamp(max=chunk)
-    used = index < bounds[-1]
-    table = torch.stack([torch.where(used, begin, 0), torch.where(used, count, 0)], dim=1)
-    return table.to(torch.int64).contiguous(), bounds.to(torch.int64)
-
-
-_last_tables: dict = {}
-
-
-def chunk_tables(cu_seqlens: Tensor, total: int, chunk: int) -> tuple[Tensor, Tensor]:
-    """`chunk_table`, worked out once for all layers that are given the same tensor."""
-    if torch.compiler.is_compiling() or cu_seqlens.is_inference() or torch.is_inference_mode_enabled():
-        return chunk_table(cu_seqlens, total, chunk)
-    known, version, result = _last_tables.get(chunk, (lambda: None, None, None))
-    if known() is not cu_seqlens or version != (cu_seqlens._version, total):
-        result = chunk_table(cu_seqlens, total, chunk)
-        _last_tables[chunk] = (weakref.ref(cu_seqlens), (cu_seqlens._version, total), result)
-    return result
 
 
 class Launch:
@@ -297,31 +269,38 @@ def _(do, d_keys, d_values, d_occupancy, q, k, v, gate, s, write, keep, q_sink, 
             for x in like]  # fmt: skip
 
 
-TENSORS = 14  # of gsa_forward's arguments the first 14 are tensors
+INPUTS = (
+    "q", "k", "v", "gate", "s", "write", "keep", "q_sink", "positions", "table", "bounds", "keys", "values",
+    "occupancy",
+)  # fmt: skip
+DIFFERENTIABLE = [
+    name for name in INPUTS if name not in ("positions", "table", "bounds")
+]  # as gsa_backward returns them
 
 
 def setup_context(ctx, inputs, output) -> None:
-    *ctx.spec, ctx.final = inputs[TENSORS:]
-    ctx.save_for_backward(*inputs[:TENSORS])
+    *ctx.spec, ctx.final = inputs[len(INPUTS) :]
+    ctx.save_for_backward(*inputs[: len(INPUTS)])
     ctx.set_materialize_grads(False)
 
 
 def gradient(ctx, do, d_keys, d_values, d_occupancy):
-    tensors = ctx.saved_tensors
-    q, k, v, gate = tensors[:4]
+    given = dict(zip(INPUTS, ctx.saved_tensors, strict=True))
+    q, k, v = (given[name] for name in "qkv")
     if do is None:
         do = q.new_zeros(*q.shape[:3], v.shape[-1])
     state = (None, None, None)
     if ctx.final:
-        N = q.shape[0] if tensors[10] is None else tensors[10].shape[0] - 1
-        shape = (N, k.shape[2], gate.shape[-1])
+        N = q.shape[0] if given["bounds"] is None else given["bounds"].shape[0] - 1
+        shape = (N, k.shape[2], given["gate"].shape[-1])
         shapes = ((*shape, k.shape[-1]), (*shape, v.shape[-1]), shape)
-        given = (d_keys, d_values, d_occupancy)
-        state = [q.new_zeros(x, dtype=torch.float32) if g is None else g for x, g in zip(shapes, given, strict=True)]
-    grads = torch.ops.t2r.gsa_backward(do, *state, *tensors, *ctx.spec)
-    order = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 11, 12, 13), grads, strict=True))
-    by_input = [None if x is None else order.get(i) for i, x in enumerate(tensors)]
-    return *by_input, *(len(ctx.spec) + 1) * [None]
+        state = [
+            q.new_zeros(x, dtype=torch.float32) if d is None else d
+            for x, d in zip(shapes, (d_keys, d_values, d_occupancy), strict=True)
+        ]
+    grads = torch.ops.t2r.gsa_backward(do, *state, *given.values(), *ctx.spec)
+    grads = dict(zip(DIFFERENTIABLE, grads, strict=True))
+    return *(None if x is None else grads.get(name) for name, x in given.items()), *(len(ctx.spec) + 1) * [None]
 
 
 gsa_forward.register_autograd(gradient, setup_context=setup_context)
@@ -372,7 +351,7 @@ def fused(
     if cu_seqlens is not None:
         dim, groups = max(k.shape[-1], v.shape[-1]), q.shape[2] // k.shape[2]
         tile = tile_for(dim, gate.shape[-1], groups, q.dtype, shared_memory(q.device))
-        table, bounds = chunk_tables(cu_seqlens, q.shape[1], tile.chunk)
+        table, bounds = remembered(chunk_table, cu_seqlens, q.shape[1], tile.chunk)
     o, *end = gsa_forward(
         q, k, v, gate, s, write, keep, q_sink, positions, table, bounds, *memory, *spelled(spec, scale), final
     )

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from .chunked import chunked
+from .documents import count_positions, end_positions
 from .reference import recurrence
 from .spec import GSASpec, SlotState, gates
 
@@ -197,25 +198,6 @@ def abc_gates(s: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
         log_decay.append(torch.cat([total[:, :1], total[:, :-1]], dim=1) - total)
         weight.append(torch.exp(part - total))
     return torch.cat(log_decay, dim=1), torch.cat(weight, dim=1)
-
-
-def count_positions(first: Tensor, B: int, T: int, cu_seqlens: Tensor | None) -> Tensor:
-    """Positions [B,T] of tokens that continue N documents at positions `first` [N]."""
-    index = torch.arange(T, device=first.device)
-    if cu_seqlens is None:
-        return first[:, None] + index
-    document = torch.searchsorted(cu_seqlens[1:], index, right=True)
-    return (index - cu_seqlens[document] + first[document])[None]
-
-
-def end_positions(first: Tensor, positions: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Position [N] after the last real token of each document."""
-    ends = positions.to(first.dtype) + 1
-    if cu_seqlens is None:
-        return torch.maximum(first, ends.amax(dim=1))
-    index = torch.arange(positions.shape[1], device=first.device)
-    document = torch.searchsorted(cu_seqlens[1:], index, right=True)
-    return first.scatter_reduce(0, document, ends[0], reduce="amax")
 
 
 def check(q, k, v, gate, spec, write, keep, s, q_sink, positions, cu_seqlens, state) -> None:

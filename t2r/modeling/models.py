@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 from t2r.families import FAMILIES, Family, layer_type
-from t2r.kernels.gsa.op import count_positions
+from t2r.kernels.gsa.documents import count_positions
 
 from .attention import Context, GSAttention, adopt_attention
 from .cache import adopt

@@ -62,7 +62,11 @@ def build(kernel, flags: dict, rows: str, states: str, arch: int, warps: int) ->
             signature[name] = INTEGERS.get(name, "*fp32")
         else:
             signature[name] = "i32"
-    aligned = {(i,): [["tt.divisibility", 16]] for i, x in enumerate(signature.values()) if x[0] == "*"}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (name, x) in enumerate(signature.items())
+        if x[0] == "*" or name[-2:] in ("_b", "_t", "_h") and x == "i32"
+    }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps, "num_stages": 1})
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
