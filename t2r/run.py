@@ -90,6 +90,7 @@ def validate(file: str, overrides: Sequence[str] = ()) -> None:
     path, note = find(file), ""
     if "tasks" in read(path):
         load_recipe(path)
+        note = "\nnot checked: the data of its tasks, names of lm-eval's tasks"
     else:
         config = load_run(path, overrides)
         for variant in config.variants:

@@ -339,6 +339,8 @@ def bytes_of(word: str) -> int:
 
 
 def batch_size(word: str) -> int | str:
+    if word != "auto" and not re.fullmatch(r"-?\d+", word):
+        raise argparse.ArgumentTypeError(f"'{word}' is no number of texts; nearest valid: auto")
     return word if word == "auto" else int(word)
 
 

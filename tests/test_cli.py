@@ -56,6 +56,10 @@ def verb(monkeypatch):
             "generate m p --dtype fp8",
             "argument --dtype: no value 'fp8'; nearest valid: float32, bfloat16, float16; try: `t2r generate --help`",
         ),
+        (
+            "eval m --batch-size x",
+            "argument --batch-size: 'x' is no number of texts; nearest valid: auto; try: `t2r eval --help`",
+        ),
         ("verify a", "the following arguments are required: --source; try: `t2r verify --help`"),
     ],
 )

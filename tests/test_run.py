@@ -171,5 +171,6 @@ def test_validate_needs_neither_gpu_nor_data_and_looks_into_variants(config, tmp
     assert "unknown key 'stages.0.tokns'" in refused(capsys, "validate", copy)
     shutil.copy(config.parent / "recipe.yaml", copy)
     assert main(["validate", str(copy)]) == 0
+    assert "is valid\nnot checked: the data of its tasks, names of lm-eval's tasks\n" in capsys.readouterr().out
     copy.write_text("tasks: [{kind: perplexty}]")
     assert "nearest valid: perplexity" in refused(capsys, "validate", copy)

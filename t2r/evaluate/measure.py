@@ -21,9 +21,9 @@ def measure(request: Request) -> dict:
     Raises UserError, before any model is run, for whatever the user can mend; KeyboardInterrupt, with a message, when
     interrupted. What was finished is kept for the next call in both cases.
     """
-    for name, value in (("--limit", request.limit), ("--batch-size", request.batch_size)):
+    for name, value, of in (("--limit", request.limit, "items"), ("--batch-size", request.batch_size, "texts at once")):
         if isinstance(value, int) and value < 1:
-            raise UserError(f"{value} items are nothing to measure", where=name, nearest=1)
+            raise UserError(f"{value} {of} are nothing to measure", where=name, nearest=1)
     require_matplotlib()
     devices = pick_devices(request.device)
     plan = Plan(request, devices[0].type == "cpu")

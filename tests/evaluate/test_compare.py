@@ -202,6 +202,7 @@ def test_limit(folders, tmp_path, recipe):
         ({"models": ["{llama}", "{other}"]}, "the tokenizers of llama and other differ"),
         ({"out": "{llama}"}, r"llama already exists.*--out .*llama-2"),
         ({"limit": 0}, "0 items are nothing to measure"),
+        ({"batch_size": 0}, "0 texts at once are nothing to measure"),
         ({"device": "gpu"}, "no device 'gpu'.*nearest valid: cpu"),
     ],
 )
@@ -215,7 +216,7 @@ def test_a_mistake_is_one_line_before_any_model_is_run(
     places = {"llama": folders / "llama", "gsa": folders / "gsa", "other": other}
     words = [word.format(**places) for word in change.get("models", ["{llama}", "{gsa}"])]
     path = change.get("recipe") or recipe(tasks=change.get("tasks", TASKS))
-    options = {key: change[key] for key in ("limit", "device") if key in change}
+    options = {key: change[key] for key in ("limit", "batch_size", "device") if key in change}
     out = change.get("out", str(tmp_path / "new" / "report")).format(**places)
     with pytest.raises(UserError, match=message) as error:
         compare(words, path, out, **options)
