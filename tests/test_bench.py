@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from t2r.bench import SHAPES, Timing, bench, parse_shape, plot, table
+from t2r.bench import SHAPES, Timing, bench, judge, parse_shape, plot, table
 from t2r.errors import UserError
 
 
@@ -28,3 +28,10 @@ def test_shapes():
 def test_no_gpu_is_one_line():
     with pytest.raises(UserError, match="there is none here"):
         bench("kernels", [], None, True, None)
+
+
+def test_wrong_kernels_are_not_timed(capsys):
+    fine = {"o": 2e-3, "d q": 4e-3}
+    with pytest.raises(UserError, match="wrong on this GPU: d q: 6.0e-03 > 5e-03"):
+        judge({"paper: small": fine, "exact: small": fine | {"d q": 6e-3}})
+    assert capsys.readouterr().out.splitlines()[0] == "paper: small: worst error 4.0e-03 (d q)"

@@ -104,11 +104,12 @@ def main(out: str) -> None:
         }  # fmt: skip
         kernels = {
             "gates": (gate_kernels.gates_kernel, 2), "logits": (gate_kernels.logits_kernel, 2),
-            "occupancy": (gate_kernels.occupancy_kernel, 2),
             "written": (forward.written_kernel, 4), "scan": (forward.scan_kernel, 4),
             "output": (forward.output_kernel, tile.warps), "inner": (backward.inner_kernel, tile.warps),
             "outer": (backward.outer_kernel, tile.warps), "step": (decode.step_kernel, 8),
         }  # fmt: skip
+        if spec["OCCUPANCY"]:
+            kernels["occupancy"] = (gate_kernels.occupancy_kernel, 2)
         row = {"arch": arch, "dim": dim, "slots": slots, "groups": groups, "dtype": name, "gates": gates,
                "tile": tile._asdict(), "kernels": {}}  # fmt: skip
         for part, (kernel, warps) in kernels.items():
