@@ -9,6 +9,7 @@ import re
 import statistics
 from collections.abc import Iterable
 
+from t2r.convert import all_finite
 from t2r.modeling.attention import GSAttention
 
 LAYER = re.compile(r"\blayers\.(\d+)\.")
@@ -43,7 +44,7 @@ def median(values: Iterable[float]) -> float:
 
 def damaged_weights(model) -> list[str]:
     """A line for each weight with numbers that are not finite."""
-    names = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+    names = [name for name, weight in model.named_parameters() if not all_finite(weight.detach())]
     where = [f"layer {found[1]}" if (found := LAYER.search(name)) else "the model" for name in names]
     return [f"{place} is damaged: {name} is not finite" for place, name in zip(where, names, strict=True)]
 
