@@ -239,6 +239,12 @@ def test_what_the_kernels_do_not_take_is_named(change, reason):
     assert gsa(**mine, spec=PAPER, scale=1.0, backend="auto")[0].isfinite().all()
 
 
+def test_a_memory_larger_than_a_block_of_threads_is_refused():
+    assert fused.tile_for(256, 256, 4, torch.bfloat16) is not None
+    assert fused.tile_for(256, 256, 4, torch.float32) is None
+    assert fused.tile_for(128, 128, 4, torch.bfloat16, shared=101_376) is None  # sm_89
+
+
 SMALL_FUNCTIONS = """
 import torch, triton, triton.language as tl
 from t2r.kernels.gsa.functions import expm1, log, log1p, sigmoid

@@ -54,7 +54,8 @@ TILES = [
     Row(200_000, 2, 256, 256, chunk=16, rows=32, warps=8),
     Row(90_000, 2, 128, 64, chunk=32, rows=32, warps=4),
     Row(90_000, 4, 128, 64, chunk=16, rows=16, warps=8),
-    Row(200_000, 4, 256, 256, chunk=16, rows=16, warps=8),
+    Row(200_000, 4, 256, 128, chunk=16, rows=16, warps=8),
+    Row(200_000, 4, 128, 256, chunk=16, rows=16, warps=8),  # 256 by 256 in float32 is more than any GPU's block has
 ]
 INTERPRETED = 227_000  # the interpreter has no limit: the tiles of a Hopper GPU
 
@@ -68,6 +69,11 @@ def tile_for(dim: int, slots: int, groups: int, dtype: torch.dtype, shared: int 
             heads = min(triton.next_power_of_2(groups), row.rows // row.chunk)
             return Tile(row.chunk, heads, row.warps or max(4, row.chunk * heads // 16))
     return None
+
+
+def step_warps(dim: int, slots: int) -> int:
+    """Warps of the decode kernel: 32 numbers of each memory a thread."""
+    return min(32, max(4, slots * triton.next_power_of_2(dim) // 1024))
 
 
 @functools.cache
@@ -317,7 +323,7 @@ def gsa_step(
     N, _, HQ, D = q.shape
     H, M, E = k.shape[2], gate.shape[-1], v.shape[-1]
     o = torch.empty(N, 1, HQ, E, device=q.device, dtype=v.dtype)
-    warps = min(32, max(4, M * triton.next_power_of_2(max(D, E)) // 1024))  # 32 numbers of each memory a thread
+    warps = step_warps(max(D, E), M)
     decode.step_kernel[(N * H,)](
         q, q_sink, k, v, gate, s, write, keep, positions, keys, values, occupancy, position, o,
         H, scale, 1.0 / damping, q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2),

@@ -22,14 +22,15 @@ from triton.compiler import ASTSource
 
 from t2r.kernels.gsa import backward, decode, forward
 from t2r.kernels.gsa import gates as gate_kernels
-from t2r.kernels.gsa.fused import tile_for
+from t2r.kernels.gsa.fused import step_warps, tile_for
 
 SHARED = {90: 232_448, 80: 166_912, 89: 101_376}  # bytes a block may have
 # head dim, slots, query heads per kv head, type: the largest of each row, and the shapes of the benchmark
 CASES = [
     (128, 64, 4, torch.bfloat16), (128, 64, 1, torch.bfloat16), (64, 64, 3, torch.bfloat16),
     (256, 128, 4, torch.bfloat16), (128, 256, 4, torch.bfloat16), (256, 256, 1, torch.bfloat16),
-    (128, 64, 4, torch.float32), (128, 64, 4, torch.float16), (256, 256, 4, torch.float32),
+    (128, 64, 4, torch.float32), (128, 64, 4, torch.float16), (256, 128, 4, torch.float32),
+    (128, 256, 4, torch.float32),
 ]  # fmt: skip
 GATES = {
     "paper": {"FORM": "sigmoid", "RING": 0, "SINKS": 0, "OCCUPANCY": False, "HAS_POSITIONS": False},
@@ -106,7 +107,7 @@ def main(out: str) -> None:
             "gates": (gate_kernels.gates_kernel, 2), "logits": (gate_kernels.logits_kernel, 2),
             "written": (forward.written_kernel, 4), "scan": (forward.scan_kernel, 4),
             "output": (forward.output_kernel, tile.warps), "inner": (backward.inner_kernel, tile.warps),
-            "outer": (backward.outer_kernel, tile.warps), "step": (decode.step_kernel, 8),
+            "outer": (backward.outer_kernel, tile.warps), "step": (decode.step_kernel, step_warps(dim, slots)),
         }  # fmt: skip
         if spec["OCCUPANCY"]:
             kernels["occupancy"] = (gate_kernels.occupancy_kernel, 2)
