@@ -119,10 +119,12 @@ class Fused(torch.autograd.Function):
             x, target = x.detach().requires_grad_(wanted), chunks.target(x_teacher)
             with torch.set_grad_enabled(wanted):
                 logits = wide(chunks.logits(x))
-            kl_part, ce_part = token_losses(logits.detach(), y, target, chunks.mix)
+            if wanted:
+                kl_part, ce_part, upstream = with_gradient(logits.detach(), y, target, chunks.mix)
+            else:
+                kl_part, ce_part = token_losses(logits, y, target, chunks.mix)
             kl, ce = kl + kl_part, ce + ce_part
             if wanted:
-                upstream = logit_gradient(logits.detach(), y, target, chunks.mix)
                 of_x, *of_parameters = torch.autograd.grad(logits, [x, *parameters], upstream)
                 gradients.append(of_x)
                 for total, part in zip(sums, of_parameters, strict=True):
@@ -155,19 +157,28 @@ def token_losses(logits: Tensor, labels: Tensor, teacher: Tensor | None, mix: Mi
     return torch.where(labels != UNLABELLED, each, 0.0).sum() * mix.temperature**2, ce
 
 
-def logit_gradient(logits: Tensor, labels: Tensor, teacher: Tensor | None, mix: Mix) -> Tensor:
-    """Gradient [tokens, V] of mix.kl KL + mix.ce CE by the logits."""
-    labelled = (labels != UNLABELLED)[:, None]
-    gradient = torch.zeros_like(logits)
-    if mix.ce:
-        gradient = torch.softmax(logits, dim=-1)
-        at = labels.clamp(min=0)[:, None]
-        gradient.scatter_add_(1, at, torch.full_like(at, -1, dtype=logits.dtype)).mul_(mix.ce)
-    if teacher is not None and mix.kl:
-        T = mix.temperature
-        difference = torch.softmax(logits / T, dim=-1).sub_(torch.softmax(teacher / T, dim=-1))
-        gradient.add_(difference, alpha=mix.kl * T)
-    return gradient.mul_(labelled)
+def with_gradient(logits: Tensor, labels: Tensor, teacher: Tensor | None, mix: Mix) -> tuple[Tensor, Tensor, Tensor]:
+    """`token_losses`, and the gradient [tokens, V] of mix.kl KL + mix.ce CE by the logits. One softmax of each model
+    serves both, and most steps are in place: a chunk's logits are read from memory a dozen times, not two dozen."""
+    T, labelled, at = mix.temperature, (labels != UNLABELLED)[:, None], labels.clamp(min=0)[:, None]
+    ours = log_softmax(logits, dim=-1)
+    ce, kl = -torch.where(labelled, ours.gather(1, at), 0.0).sum(), logits.new_zeros(())
+    gradient = ours.exp()
+    if teacher is None:
+        gradient.mul_(mix.ce)
+    else:
+        softened = ours if T == 1 else log_softmax(logits / T, dim=-1)
+        target = log_softmax(teacher if T == 1 else teacher / T, dim=-1)
+        wanted = target.exp()
+        each = target.sub_(softened).mul_(wanted).sum(-1, keepdim=True)
+        kl = torch.where(labelled, each, 0.0).sum() * T**2
+        if T == 1:
+            gradient.mul_(mix.ce + mix.kl)
+        else:
+            gradient.mul_(mix.ce).add_(softened.exp_(), alpha=mix.kl * T)
+        gradient.sub_(wanted, alpha=mix.kl * T)
+    gradient.scatter_add_(1, at, torch.full_like(at, -mix.ce, dtype=logits.dtype))
+    return kl, ce, gradient.mul_(labelled)
 
 
 def recomputed(function: Callable, *args):
