@@ -81,7 +81,8 @@ def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that a block of threads may have."""
     if device.type != "cuda":
         return INTERPRETED
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", 0)  # unknown: no tile is safe, PyTorch's form runs
 
 
 def refusal(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, occupancy: bool, s: Tensor | None) -> str | None:
