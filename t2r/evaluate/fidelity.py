@@ -126,20 +126,22 @@ class Layers(Blocks):
             values = [record[key] for record in records]  # numpy's are NaN where one of them is
             metrics.insert(0, Metric(f"worst layer, {key}", "%", float(numpy.max(values))))
             metrics.insert(0, Metric(f"median layer, {key}", "%", float(numpy.median(values))))
-        faults, changes = self.outliers(records, trained(model, original))
+        inexact = {i for i, layer in gsa.items() if not layer.ring}
+        faults, changes = self.outliers(records, trained(model, original), inexact)
         return Outcome(metrics, records, "\n".join([table(records), *changes]), faults)
 
-    def outliers(self, records: list[dict], trained: set[int]) -> tuple[list[str], list[str]]:
+    def outliers(self, records: list[dict], trained: set[int], inexact: set[int]) -> tuple[list[str], list[str]]:
         """The layers that stand out at positions where nothing has been forgotten yet, with their worst heads: those
-        that are damaged, and those that have moved no more than the others in training."""
-        usual = median(record["within"] for record in records)
+        that are damaged, and those that have moved no more than the others in training. Layers without a clock are no
+        copy of their source's from the start (inexact), so how far they are from it says nothing."""
+        usual = median([record["within"] for record in records if record["layer"] not in inexact] or [0.0])
         bound = max(self.FAULT, OUTLIER * usual)
         faults, changes = [], []
         for record in records:
             layer = record["layer"]
             if not math.isfinite(record["within"]):
                 faults.append(f"layer {layer} is damaged: its output is not finite")
-            elif record["within"] > bound:
+            elif record["within"] > bound and layer not in inexact:
                 heads = ", ".join(f"{h} ({e:.0f} %)" for h, e in enumerate(record["heads"]) if e > bound)
                 what = f"{record['within']:.0f} % error within its slots" + (f", heads {heads}" if heads else "")
                 if layer in trained:

@@ -196,6 +196,18 @@ def test_training_is_no_damage(slightly_trained, blocks):
     assert re.findall(r"layer (\d) is changed by training: \d+ % error", outcome.text) == ["0"]
 
 
+def test_a_start_that_is_not_exact_is_no_damage(slightly_trained, blocks, byte_tokenizer, tmp_path):
+    """The paper's layers are not their source's at the start, and one of them is further from it than the others."""
+    original, _ = slightly_trained
+    original.save_pretrained(tmp_path / "llama")
+    byte_tokenizer().save_pretrained(tmp_path / "llama")
+    convert(str(tmp_path / "llama"), str(tmp_path / "paper"), preset="paper", slots=SLOTS, verify=False)
+    outcome = Layers("l").run(load(tmp_path / "paper"), blocks, original)
+    first, *others = (record["within"] for record in outcome.records)
+    assert first > max(5, 4 * max(others))
+    assert outcome.warnings == []
+
+
 @pytest.mark.parametrize("layer, damage", [(0, swap_heads), (2, swap_heads), (0, empty_gates), (2, empty_gates)])
 def test_a_damaged_layer_of_a_trained_model_is_named(layer, damage, slightly_trained, blocks):
     original, model = slightly_trained
