@@ -159,7 +159,7 @@ def test_decode(spec):
     """Token by token in place: outputs and memory of the recurrence; padding changes nothing."""
     mine, moved, exact, state = inputs(spec, T=5, B=3, H=2, G=3)
     moved = SlotState(*(x.detach().clone() for x in moved))
-    addresses = [x.data_ptr() for x in moved[:3]]
+    addresses = [x.data_ptr() for x in moved]
     positions = torch.stack([moved.position + t for t in range(5)], dim=1)
     positions[1, 2:] = -1
     for t in range(5):
@@ -172,7 +172,7 @@ def test_decode(spec):
             want, state = gsa(**cut, **part, initial_state=state, backend="reference")
         assert_same({"o": o.cpu()}, {"o": want}, 2e-5)
     assert_same(moved._asdict(), state._asdict(), 2e-5)
-    assert [x.data_ptr() for x in moved[:3]] == addresses
+    assert [x.data_ptr() for x in moved] == addresses
 
 
 def test_decode_leaves_a_given_state_alone():
@@ -181,6 +181,18 @@ def test_decode_leaves_a_given_state_alone():
     with torch.no_grad():
         gsa(**mine, spec=PAPER, scale=0.3, initial_state=moved, output_final_state=True, backend="triton")
     assert all(torch.equal(x, y) for x, y in zip(copies, moved, strict=True))
+
+
+def test_decode_counts_its_own_positions():
+    """Without positions the token is the document's next, for the clock too, also where the position is overwritten."""
+    mine, moved, exact, state = inputs(SOFT_CLOCK, T=1, B=3, H=2)
+    with torch.no_grad():
+        kwargs = {"spec": SOFT_CLOCK, "scale": 0.3, "output_final_state": True, "overwrite_state": True}
+        moved = SlotState(*(x.detach().clone() for x in moved))
+        o, after = gsa(**mine, **kwargs, initial_state=moved, backend="triton")
+        want, expected = gsa(**exact, **kwargs, initial_state=state, backend="reference")
+    assert_same({"o": o.cpu()} | after._asdict(), {"o": want} | expected._asdict(), 2e-5)
+    assert torch.equal(after.position.cpu(), state.position + 1) and after.position is moved.position
 
 
 def test_operators_are_sound():

@@ -99,7 +99,7 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, occupancy: bool, s: T
     if occupancy and s is not None:
         return "occupancy with write weights apart from the decay"
     if tile_for(max(D, E), M, G, q.dtype, shared_memory(q.device)) is None:
-        return f"heads of {max(D, E)} with {M} slots in {q.dtype} on a GPU with so little shared memory"
+        return f"heads of {max(D, E)} with {M} slots in {q.dtype}, more than a block of this GPU's threads can hold"
     return None
 
 
@@ -280,9 +280,8 @@ INPUTS = (
     "q", "k", "v", "gate", "s", "write", "keep", "q_sink", "positions", "table", "bounds", "keys", "values",
     "occupancy",
 )  # fmt: skip
-DIFFERENTIABLE = [
-    name for name in INPUTS if name not in ("positions", "table", "bounds")
-]  # as gsa_backward returns them
+# in the order in which gsa_backward returns their gradients
+DIFFERENTIABLE = [name for name in INPUTS if name not in ("positions", "table", "bounds")]
 
 
 def setup_context(ctx, inputs, output) -> None:

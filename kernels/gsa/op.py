@@ -65,9 +65,10 @@ def gsa(
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     state = initial_state
     step = backend == "triton" and T == 1 and cu_seqlens is None and output_final_state and not torch.is_grad_enabled()
-    if state is None and (backend != "triton" or spec.ring or output_final_state):
+    counted = backend != "triton" or spec.ring or output_final_state
+    if state is None and counted:
         state = SlotState.empty(N, H, M, D, E, q.device, dtype)
-    if positions is None and not step and (backend != "triton" or spec.ring or output_final_state):
+    if positions is None and counted and not step:
         positions = count_positions(state.position, B, T, cu_seqlens)
     if step:
         from .fused import fused_step

@@ -2,7 +2,7 @@
 
 Inside a chunk token i reads what token j <= i wrote, times e^{L_i - L_j} with L the cumulative log decay of a slot.
 Factored as e^{L_i} e^{-L_j} that overflows as soon as a gate is hard. So the tokens of a slot fall into classes: a new
-class begins at each hard gate (a *break*, log alpha < BREAK) and whenever soft decay has added up to SPAN. Columns of
+class begins at each hard gate (`gates.classify`) and whenever soft decay has added up to SPAN. Columns of
 one class meet all rows of that class and later ones in one matrix product, with
 
     e^{L_i - L_j} = e^{L_i - a} e^{a - L_j} = row_i col_j,      a = L at the first token of the column's class
