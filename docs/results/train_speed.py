@@ -1,6 +1,6 @@
 """How fast the trainer is: a converted model and its original in the `lm` stage, through the same loop.
 
-For each model and context: tokens/s, MFU, memory, the share of the time in which the GPU works, its ten largest costs,
+For each model and context: tokens/s, MFU, memory, the share of the time in which the GPU works, its largest costs,
 and where the host waited for it (CUDA's own warnings, by line). Rows are one document each, of random tokens.
 
     python docs/results/train_speed.py SOURCE CONVERTED OUT.json [--kinds lm,align,distill] [--contexts 2048,8192]
@@ -77,14 +77,14 @@ def measure(model, teacher, stage: StageConfig, zero: int, group: Group, convert
 
 
 def profile(run, seconds: float) -> dict:
-    """The ten largest costs on the GPU, and the share of a step in which it works."""
+    """The thirty largest costs on the GPU, and the share of a step in which it works."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profiler:
         run(2)
     events = [e for e in profiler.key_averages() if e.self_device_time_total > 0 and e.device_type.name == "CUDA"]
     events.sort(key=lambda e: -e.self_device_time_total)
     busy = sum(e.self_device_time_total for e in events) / 2e6
-    top = [{"name": e.key[:120], "seconds": e.self_device_time_total / 2e6, "calls": e.count // 2} for e in events[:10]]
+    top = [{"name": e.key[:120], "seconds": e.self_device_time_total / 2e6, "calls": e.count // 2} for e in events[:30]]
     return {"gpu_busy": min(1.0, busy / seconds), "top": top}
 
 

@@ -26,13 +26,13 @@ from .tile import (
     load_rows,
     load_state,
     load_tile,
-    load_tile_rows,
     over_heads,
     read,
     reads,
     real_rows,
     row_mask,
     store_rows,
+    to_rows,
     triangle,
     weights,
 )
@@ -40,7 +40,7 @@ from .tile import (
 
 @triton.jit(do_not_specialize=["T", "chunks_per_row"])
 def inner_kernel(
-    q, q_sink, k, v, positions, table, states, occupancy, L, label, anchors, decayed, in_class, written, w, inverse,
+    q, q_sink, k, v, positions, table, states, occupancy, L, label, anchors, decayed, written, later, w, inverse,
     log_z, last, do, dlogits, dv, adjoint, d_occupancy, own, rows, met, across, z_rows,
     T, chunks_per_row, H, scale, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
     PACKED: tl.constexpr, LINEAR: tl.constexpr, SINKS: tl.constexpr, OCCUPANCY: tl.constexpr,
@@ -60,7 +60,7 @@ def inner_kernel(
         return
     row0 = batch * T + begin
     DTYPE = states.dtype.element_ty
-    gates = decayed, in_class, written, L, label, anchors, pid, load_classes(last, pid, BLOCKS)
+    gates = decayed, written, later, L, label, anchors, pid, load_classes(last, pid, BLOCKS)
     first = pid.to(tl.int64) * ((D + E) * M)
     m, d = tl.arange(0, M), tl.arange(0, C)
     columns = row_mask(count, 1, C, 1)
@@ -68,6 +68,8 @@ def inner_kernel(
         again = g0 > 0
         live = row_mask(count, G - g0, C, GB)
         K0 = load_state(states, first, 0, D, BD, M)
+        V0 = load_state(states, first, D, E, BE, M)  # asked for here, needed later
+        z = load_rows(v, batch * v_b + begin * v_t + h * v_h, v_t, 0, columns, C, 1, E, BE).to(DTYPE)
         y = load_rows(k, batch * k_b + begin * k_t + h * k_h, k_t, 0, columns, C, 1, D, BD).to(DTYPE)
         q_first = batch * q_b + begin * q_t + (h * G + g0) * q_h
         xq = load_rows(q, q_first, q_t, q_h, live, C, GB, D, BD).to(DTYPE)
@@ -81,10 +83,11 @@ def inner_kernel(
             far, _ = reads(xs, pairs.to(DTYPE), K0, xs, gates, False, C, GB, M, PRECISION)
             before = tl.where(sink, far, before)
             own_key = tl.where(sink, alone[:, None], own_key)
-        logits = before + own_key * load_tile_rows(w, pid, C, GB, M)
+        logits = before + own_key * to_rows(load_tile(w, pid, m, C, M), DTYPE, PRECISION, C, GB)
         if OCCUPANCY:
-            inverse_rows = load_tile_rows(inverse, pid, C, GB, M)
-            softmax = read(logits, inverse_rows, load_tile_rows(log_z, pid, C, GB, M), scale)
+            inverse_rows = to_rows(load_tile(inverse, pid, m, C, M), DTYPE, PRECISION, C, GB)
+            log_rows = to_rows(load_tile(log_z, pid, m, C, M), DTYPE, PRECISION, C, GB)
+            softmax = read(logits, inverse_rows, log_rows, scale)
             p = softmax * inverse_rows
         else:
             softmax = read(logits, 1.0, 0.0, scale)
@@ -95,11 +98,9 @@ def inner_kernel(
             do, (row0 * H + h) * G * E + g0 * E, H * G * E, E,
             real_rows(positions, row0, count, G - g0, C, GB, HAS_POSITIONS), C, GB, E, BE,
         ).to(DTYPE)  # fmt: skip
-        y = load_rows(v, batch * v_b + begin * v_t + h * v_h, v_t, 0, columns, C, 1, E, BE).to(DTYPE)
-        V0 = load_state(states, first, D, E, BE, M)
-        pairs, own_value = triangle(tl.dot(xo, tl.trans(y), input_precision=PRECISION), C, GB)
+        pairs, own_value = triangle(tl.dot(xo, tl.trans(z), input_precision=PRECISION), C, GB)
         pairs = pairs.to(DTYPE)
-        left = (p * load_tile_rows(decayed, pid, C, GB, M)).to(DTYPE)
+        left = (p * to_rows(load_tile(decayed, pid, m, C, M), DTYPE, PRECISION, C, GB)).to(DTYPE)
         gain = tl.dot(tl.trans(xo), left, input_precision=PRECISION)
         add_state(adjoint, gain, first, D, again, E, BE, M)
         if LINEAR:
@@ -110,11 +111,11 @@ def inner_kernel(
         add_tile(met, met_here, pid, m, again, C, M)
         dp, crossed = reads(xo, pairs, V0, p, gates, LINEAR, C, GB, M, PRECISION)
         read_rows = p * dp
-        dp += own_value[:, None] * load_tile_rows(w, pid, C, GB, M)
+        dp += own_value[:, None] * to_rows(load_tile(w, pid, m, C, M), DTYPE, PRECISION, C, GB)
         dp_p = dp * p
         total = tl.sum(dp_p, axis=1)[:, None]
         if OCCUPANCY:
-            inverse_rows = load_tile_rows(inverse, pid, C, GB, M)
+            inverse_rows = to_rows(load_tile(inverse, pid, m, C, M), DTYPE, PRECISION, C, GB)
             dy = softmax * (dp * inverse_rows - total)
             dl = dy * scale * inverse_rows
             dz = (dy * (1.0 - scale * logits * inverse_rows) - dp_p) * inverse_rows
@@ -126,20 +127,18 @@ def inner_kernel(
             add_tile(z_rows, dz * (z0 - 1.0), pid, m, again, C, M)
         else:
             dl = scale * (dp_p - p * total)
-        # rounded as the outer kernel will read it, so that its part of the sums over time cancels with this one
-        dl = dl.to(dlogits.dtype.element_ty).to(tl.float32)
         store_rows(dlogits, dl, (row0 * H + h) * G * M + g0 * M, H * G * M, M, live, C, GB, M, M)
         add_tile(rows, over_heads(read_rows + dl * before, DTYPE, PRECISION, C, GB), pid, m, again, C, M)
         value = over_heads(p * own_value[:, None] + dl * own_key, DTYPE, PRECISION, C, GB)
         add_tile(own, value, pid, m, again, C, M)
         if HAS_SINK:
-            passed = dl * load_tile_rows(decayed, pid, C, GB, M)
+            passed = dl * to_rows(load_tile(decayed, pid, m, C, M), DTYPE, PRECISION, C, GB)
             left = tl.where(sink, 0.0, passed).to(DTYPE)
             gain = tl.dot(tl.trans(xq), left, input_precision=PRECISION)
             left = tl.where(sink, passed, 0.0).to(DTYPE)
             gain = tl.dot(tl.trans(xs), left, gain, input_precision=PRECISION)
         else:
-            left = (dl * load_tile_rows(decayed, pid, C, GB, M)).to(DTYPE)
+            left = (dl * to_rows(load_tile(decayed, pid, m, C, M), DTYPE, PRECISION, C, GB)).to(DTYPE)
             gain = tl.dot(tl.trans(xq), left, input_precision=PRECISION)
         add_state(adjoint, gain, first, 0, again, D, BD, M)
         if LINEAR:
@@ -154,10 +153,11 @@ def flow(u, x, y, K0, gates, dy, met, across, LINEAR: tl.constexpr, C: tl.conste
          PRECISION: tl.constexpr):  # fmt: skip
     """The gradient of rows x [R,D] that read K0 [D,M] and columns y [C,D] with a gradient u [R,M]; and, added up: dy
     [C,D], met and across [C,M]."""
-    decayed, _in_class, _written, _L, _label, _anchors, pid, classes = gates
+    decayed, _written, _later, _L, _label, _anchors, pid, classes = gates
     pairs, _own = triangle(tl.dot(x, tl.trans(y), input_precision=PRECISION), C, GB)
     pairs = pairs.to(x.dtype)
-    left = (u * load_tile_rows(decayed, pid, C, GB, M)).to(x.dtype)
+    left = u * to_rows(load_tile(decayed, pid, tl.arange(0, M), C, M), x.dtype, PRECISION, C, GB)
+    left = left.to(x.dtype)
     A, met_here = weights(u, left, pairs, gates, True, C, GB, M, PRECISION)
     dx = tl.dot(left, tl.trans(K0), input_precision=PRECISION)
     dx = tl.dot(A, y, dx, input_precision=PRECISION)
@@ -172,7 +172,7 @@ def flow(u, x, y, K0, gates, dy, met, across, LINEAR: tl.constexpr, C: tl.conste
 
 @triton.jit(do_not_specialize=["T", "chunks_per_row"])
 def outer_kernel(
-    q, q_sink, k, v, table, states, adjoint, L, label, anchors, decayed, in_class, written, left, last, dlogits, dq,
+    q, q_sink, k, v, table, states, adjoint, L, label, anchors, decayed, written, later, left, last, dlogits, dq,
     dq_sink, dk, dv, met, after, across, through,
     T, chunks_per_row, H, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
     PACKED: tl.constexpr, LINEAR: tl.constexpr, SINKS: tl.constexpr, HAS_SINK: tl.constexpr, PRECISION: tl.constexpr,
@@ -189,7 +189,7 @@ def outer_kernel(
         return
     row0 = batch * T + begin
     DTYPE = states.dtype.element_ty
-    gates = decayed, in_class, written, L, label, anchors, pid, load_classes(last, pid, BLOCKS)
+    gates = decayed, written, later, L, label, anchors, pid, load_classes(last, pid, BLOCKS)
     first = pid.to(tl.int64) * ((D + E) * M)
     m = tl.arange(0, M)
     columns = row_mask(count, 1, C, 1)

@@ -23,12 +23,12 @@ from .tile import (
     load_rows,
     load_state,
     load_tile,
-    load_tile_rows,
     read,
     reads,
     real_rows,
     row_mask,
     store_rows,
+    to_rows,
     up_to_own,
     weights,
 )
@@ -123,7 +123,7 @@ def scan_kernel(
 
 @triton.jit(do_not_specialize=["T", "chunks_per_row"])
 def output_kernel(
-    q, q_sink, k, v, positions, table, states, L, label, anchors, decayed, in_class, written, inverse, log_z, last, o,
+    q, q_sink, k, v, positions, table, states, L, label, anchors, decayed, written, later, inverse, log_z, last, o,
     T, chunks_per_row, H, G, scale, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
     PACKED: tl.constexpr, SINKS: tl.constexpr, OCCUPANCY: tl.constexpr,
     HAS_POSITIONS: tl.constexpr, HAS_SINK: tl.constexpr, PRECISION: tl.constexpr, BLOCKS: tl.constexpr,
@@ -138,12 +138,14 @@ def output_kernel(
     if count <= 0:
         return
     row0 = row * T + begin
-    rows, columns = row_mask(count, G - g0, C, GB), row_mask(count, 1, C, 1)
+    m, rows, columns = tl.arange(0, M), row_mask(count, G - g0, C, GB), row_mask(count, 1, C, 1)
     DTYPE = states.dtype.element_ty
-    gates = decayed, in_class, written, L, label, anchors, pid, load_classes(last, pid, BLOCKS)
+    gates = decayed, written, later, L, label, anchors, pid, load_classes(last, pid, BLOCKS)
     first = pid.to(tl.int64) * ((D + E) * M)
     y = load_rows(k, row * k_b + begin * k_t + h * k_h, k_t, 0, columns, C, 1, D, BD).to(DTYPE)
     K0 = load_state(states, first, 0, D, BD, M)
+    V0 = load_state(states, first, D, E, BE, M)  # asked for here, needed later
+    z = load_rows(v, row * v_b + begin * v_t + h * v_h, v_t, 0, columns, C, 1, E, BE).to(DTYPE)
     q_first = row * q_b + begin * q_t + (h * G + g0) * q_h
     x = load_rows(q, q_first, q_t, q_h, rows, C, GB, D, BD).to(DTYPE)
     pairs = up_to_own(tl.dot(x, tl.trans(y), input_precision=PRECISION), C, GB).to(DTYPE)
@@ -152,17 +154,17 @@ def output_kernel(
         x = load_rows(q_sink, q_first, q_t, q_h, rows, C, GB, D, BD).to(DTYPE)
         pairs = up_to_own(tl.dot(x, tl.trans(y), input_precision=PRECISION), C, GB).to(DTYPE)
         far, _ = reads(x, pairs, K0, x, gates, False, C, GB, M, PRECISION)
-        logits = tl.where((tl.arange(0, M) < SINKS)[None, :], far, logits)
+        logits = tl.where((m < SINKS)[None, :], far, logits)
     if OCCUPANCY:
-        inverse_rows = load_tile_rows(inverse, pid, C, GB, M)
-        p = read(logits, inverse_rows, load_tile_rows(log_z, pid, C, GB, M), scale) * inverse_rows
+        inverse_rows = to_rows(load_tile(inverse, pid, m, C, M), DTYPE, PRECISION, C, GB)
+        log_rows = to_rows(load_tile(log_z, pid, m, C, M), DTYPE, PRECISION, C, GB)
+        p = read(logits, inverse_rows, log_rows, scale) * inverse_rows
     else:
         p = read(logits, 1.0, 0.0, scale)
-    left = (p * load_tile_rows(decayed, pid, C, GB, M)).to(DTYPE)
+    left = (p * to_rows(load_tile(decayed, pid, m, C, M), DTYPE, PRECISION, C, GB)).to(DTYPE)
     A, _met = weights(p, left, pairs, gates, False, C, GB, M, PRECISION)
-    out = tl.dot(left, tl.trans(load_state(states, first, D, E, BE, M)), input_precision=PRECISION)
-    y = load_rows(v, row * v_b + begin * v_t + h * v_h, v_t, 0, columns, C, 1, E, BE).to(DTYPE)
-    out = tl.dot(A, y, out, input_precision=PRECISION)
+    out = tl.dot(left, tl.trans(V0), input_precision=PRECISION)
+    out = tl.dot(A, z, out, input_precision=PRECISION)
     if HAS_POSITIONS:
         out = tl.where(real_rows(positions, row0, count, G - g0, C, GB, HAS_POSITIONS)[:, None], out, 0.0)
     store_rows(o, out, (row0 * H + h) * G * E + g0 * E, H * G * E, E, rows, C, GB, E, BE)

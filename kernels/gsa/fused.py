@@ -127,8 +127,9 @@ class Launch:
             "D": D, "BD": triton.next_power_of_2(D), "E": E, "BE": triton.next_power_of_2(E), "M": M, "BM": self.slots,
             "BLOCKS": M // self.slots, "C": C, "GB": self.tile.heads,
             "L": self.scratch(C, M), "label": self.scratch(C, M, dtype=torch.int8), "anchors": self.scratch(C, M),
-            "decayed": self.scratch(C, M), "in_class": self.scratch(C, M),
-            "written": self.scratch(C, M, dtype=self.dtype), "left": self.scratch(C, M, dtype=self.dtype),
+            "decayed": self.scratch(C, M), "in_class": self.scratch(C, M) if backward else None,
+            "written": self.scratch(C, M, dtype=self.dtype), "later": self.scratch(C, M, dtype=self.dtype),
+            "left": self.scratch(C, M, dtype=self.dtype),
             "w": self.scratch(C, M), "BACKWARD": backward,
             "last": self.scratch(M // self.slots, dtype=torch.int32),
             "inverse": self.scratch(C, M) if normalised else None, "log_z": self.scratch(C, M) if normalised else None,
@@ -245,7 +246,7 @@ def gsa_backward(
 
     grads = {"dq": like(q), "dk": like(k), "dv": like(v), "dgate": like(gate), "ds": like(s)}
     grads |= {"d_write": like(write), "d_keep": like(keep), "dq_sink": like(q_sink)}
-    dlogits = torch.empty(*q.shape[:3], M, device=q.device, dtype=launch.dtype)
+    dlogits = torch.empty(*q.shape[:3], M, device=q.device, dtype=torch.float32)
     launch.args |= grads | {"do": do.contiguous(), "dlogits": dlogits, "adjoint": adjoint, "d_occupancy": d_z}
     launch.args |= {name: launch.scratch(C, M) for name in ("own", "rows", "met", "after")}
     launch.args |= {"across": launch.scratch(C, M) if linear else None, "through": launch.scratch(M)}

@@ -88,7 +88,7 @@ def classify(log_alpha, FORM: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "chunks_per_row"])
 def gates_kernel(
-    gate, s, write, keep, positions, table, L, label, anchors, decayed, in_class, written, left, w, last,
+    gate, s, write, keep, positions, table, L, label, anchors, decayed, in_class, written, later, left, w, last,
     T, chunks_per_row, H, rate,
     PACKED: tl.constexpr, FORM: tl.constexpr, RING: tl.constexpr, SINKS: tl.constexpr, HAS_S: tl.constexpr,
     HAS_POSITIONS: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr, BACKWARD: tl.constexpr,
@@ -97,8 +97,8 @@ def gates_kernel(
     """Of one chunk, head and BM slots:
 
     Tiles [n,H,C,M]: L = cumulative log alpha; label (int8) = class; decayed = `row` of class 0; in_class = `row` of a
-    token's own class; w = write weight; in the matrix products' type: written = w times `col`, left = w times the decay
-    from the token to the chunk's end.
+    token's own class; w = write weight; in the matrix products' type: written = w times `col` in class 0, later = the
+    same in the others, left = w times the decay from the token to the chunk's end.
     anchors [n,H,C,M]: L at the first token of every class, by label; last [n,H,M/BM]: the largest label of these slots.
     """
     pid = tl.program_id(0)
@@ -131,15 +131,15 @@ def gates_kernel(
     since = total - begin_of_class
     store_tile(label, labels, pid, m, C, M)
     store_tile(decayed, tl.exp(total - first_token), pid, m, C, M)
-    store_tile(written, tl.exp(-since) * weight, pid, m, C, M)
+    here = tl.exp(-since) * weight
+    store_tile(written, tl.where(labels == 0, here, 0.0), pid, m, C, M)
+    if classes > 0:
+        store_tile(later, here, pid, m, C, M)
     t = tl.arange(0, C)
     to_end = tl.exp(sum_tokens(t[None, :] > t[:, None], log_alpha, DTYPE, PRECISION))
     store_tile(left, to_end * weight, pid, m, C, M)
     if BACKWARD:
         store_tile(in_class, tl.exp(since), pid, m, C, M)
-    else:
-        if classes > 0:
-            store_tile(in_class, tl.exp(since), pid, m, C, M)
 
 
 @triton.jit

@@ -11,7 +11,7 @@ row is in [0, 1], col in [1, e^SPAN]: nothing overflows, for any gates. Slow gat
 with R slots and S sinks 1 + C / (R - S), and only gates that are hard at every token as many as there are tokens.
 
 Functions that need a chunk's gates take them as one tuple, `gates`: tiles of scratch (gates.py), then the program's
-chunk and head and the chunk's largest class: (decayed, in_class, written, L, label, anchors, pid, classes).
+chunk and head and the chunk's largest class: (decayed, written, later, L, label, anchors, pid, classes).
 
 Shape legend: spec.py; a tile has C tokens (columns) and R = C * GB rows: 8 tokens of the first of GB query heads, the
 same 8 tokens of the next, and so on, so that with two heads a thread's rows r and r + 8 of a tensor core's tile are the
@@ -140,10 +140,10 @@ def load_tile(x, pid, m, C: tl.constexpr, M: tl.constexpr):
 
 
 @triton.jit
-def load_tile_rows(x, pid, C: tl.constexpr, GB: tl.constexpr, M: tl.constexpr):
-    """[R,M]: the tile with every query head of a token in a row of its own."""
-    at = (row_token(C, GB) * M)[:, None] + tl.arange(0, M)[None, :]
-    return tl.load(x + pid.to(tl.int64) * (C * M) + at)
+def to_rows(x, DTYPE: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, GB: tl.constexpr):
+    """[C,M] -> [R,M]: every query head of a token gets its token's values. A product with zeros and ones lays them out
+    as the accumulators that they meet; loading the tile in that layout keeps the load unit busy five times as long."""
+    return sum_tokens(row_token(C, GB)[:, None] == tl.arange(0, C)[None, :], x, DTYPE, PRECISION)
 
 
 @triton.jit
@@ -169,24 +169,24 @@ def load_classes(last, pid, BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def row(gates, c, C: tl.constexpr, GB: tl.constexpr, M: tl.constexpr):
-    """[R,M]: `row` of the tokens of class c > 0 and later ones, 0 for earlier ones. In the class itself it is the tile
-    in_class; of class 0 it is the tile decayed."""
-    _decayed, in_class, _written, L, label, anchors, pid, classes = gates
-    labels = load_tile_rows(label, pid, C, GB, M)
-    factor = tl.where(labels == c, load_tile_rows(in_class, pid, C, GB, M), 0.0)
-    if c < classes:
-        anchor = tl.load(anchors + (pid.to(tl.int64) * C + c) * M + tl.arange(0, M))[None, :]
-        factor = tl.where(labels > c, tl.exp(load_tile_rows(L, pid, C, GB, M) - anchor), factor)
-    return factor
+def row(gates, c, DTYPE: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, GB: tl.constexpr, M: tl.constexpr):
+    """[R,M]: `row` of the tokens of class c > 0 and later ones, 0 for earlier ones; of class 0 it is the tile
+    decayed."""
+    _decayed, _written, _later, L, label, anchors, pid, _classes = gates
+    m = tl.arange(0, M)
+    anchor = tl.load(anchors + (pid.to(tl.int64) * C + c) * M + m)[None, :]
+    factor = tl.exp(tl.minimum(load_tile(L, pid, m, C, M) - anchor, 0.0))
+    factor = tl.where(load_tile(label, pid, m, C, M) >= c, factor, 0.0)
+    return to_rows(factor, DTYPE, PRECISION, C, GB)
 
 
 @triton.jit
 def written_in(gates, c, C: tl.constexpr, M: tl.constexpr):
-    """[C,M]: `col` times the write weight of the tokens of class c, 0 for all others."""
-    _decayed, _in_class, written, _L, label, _anchors, pid, _classes = gates
+    """[C,M]: `col` times the write weight of the tokens of class c > 0, 0 for all others; of class 0 it is the tile
+    written."""
+    _decayed, _written, later, _L, label, _anchors, pid, _classes = gates
     m = tl.arange(0, M)
-    here = load_tile(written, pid, m, C, M)
+    here = load_tile(later, pid, m, C, M)
     return tl.where(load_tile(label, pid, m, C, M) == c, here, 0.0).to(here.dtype)
 
 
@@ -212,18 +212,20 @@ def reads(x, pairs, state, p, gates, ACROSS: tl.constexpr, C: tl.constexpr, GB: 
 
     If ACROSS also [C,M]: where a token begins a class c > 0, the sum of p [R,M] times what was read, over rows from
     that token on and over what was written before it."""
-    decayed, _in_class, _written, _L, label, _anchors, pid, classes = gates
+    decayed, written, _later, _L, label, _anchors, pid, classes = gates
+    m = tl.arange(0, M)
     met = tl.dot(x, state, input_precision=PRECISION)
-    met = tl.dot(pairs, written_in(gates, 0, C, M), met, input_precision=PRECISION)
-    met *= load_tile_rows(decayed, pid, C, GB, M)
+    met = tl.dot(pairs, load_tile(written, pid, m, C, M), met, input_precision=PRECISION)
+    met *= to_rows(load_tile(decayed, pid, m, C, M), x.dtype, PRECISION, C, GB)
     total = met
     across = tl.zeros([C, M], tl.float32)
     for c in range(1, classes + 1):
         if ACROSS:
             later = row_token(C, GB)[None, :] >= tl.arange(0, C)[:, None]
             crossed = sum_tokens(later, p * met, x.dtype, PRECISION)
-            across += tl.where(load_tile(label, pid, tl.arange(0, M), C, M) >= c, crossed, 0.0)
-        met = tl.dot(pairs, written_in(gates, c, C, M), input_precision=PRECISION) * row(gates, c, C, GB, M)
+            across += tl.where(load_tile(label, pid, m, C, M) >= c, crossed, 0.0)
+        met = tl.dot(pairs, written_in(gates, c, C, M), input_precision=PRECISION)
+        met *= row(gates, c, x.dtype, PRECISION, C, GB, M)
         total += met
     return total, across
 
@@ -236,13 +238,13 @@ def weights(p, left, pairs, gates, MET: tl.constexpr, C: tl.constexpr, GB: tl.co
 
     If MET also the gradient of what a token wrote, w_j `col_j`, [C,M]: sum_i p_i pairs_ij `row_i`; pairs as of `reads`.
     """
-    _decayed, _in_class, _written, _L, label, _anchors, pid, classes = gates
-    A = tl.dot(left, tl.trans(written_in(gates, 0, C, M)), input_precision=PRECISION)
+    _decayed, written, _later, _L, label, _anchors, pid, classes = gates
+    A = tl.dot(left, tl.trans(load_tile(written, pid, tl.arange(0, M), C, M)), input_precision=PRECISION)
     met = tl.zeros([C, M], tl.float32)
     if MET:
         met = tl.dot(tl.trans(pairs), left, input_precision=PRECISION)
     for c in range(1, classes + 1):
-        here = (p * row(gates, c, C, GB, M)).to(left.dtype)
+        here = (p * row(gates, c, left.dtype, PRECISION, C, GB, M)).to(left.dtype)
         A = tl.dot(here, tl.trans(written_in(gates, c, C, M)), A, input_precision=PRECISION)
         if MET:
             mine = load_tile(label, pid, tl.arange(0, M), C, M) == c

@@ -38,7 +38,7 @@ GATES = {
 }
 INTEGERS = {"label": "*i8", "last": "*i32", "positions": "*i64", "position": "*i64"}
 ROWS = {"q", "k", "v", "gate", "do", "o", "dq", "dk", "dv", "dgate"}
-STATES = {"states", "adjoint", "dlogits", "written", "left"}
+STATES = {"states", "adjoint", "written", "later", "left"}
 
 
 def build(kernel, flags: dict, rows: str, states: str, arch: int, warps: int) -> dict:
