@@ -72,7 +72,8 @@ class LossConfig:
     """align: what a mixer's output is judged by, its squared distance or its angle to the teacher's.
     kl: weight of KL(teacher || student) in `distill`, the rest is cross-entropy. temperature: of both in the KL. Of a
         chat both are of what the assistant says: what others say is read, not imitated. align is of every token.
-    chunk: tokens whose logits exist at once, the memory knob of `distill` and `lm`; it changes no result.
+    chunk: tokens whose logits exist at once, the memory knob of `distill` and `lm`; it changes no result. On a GPU the
+        logits of four times as many do, which takes no more memory: the kernel there makes no float32 copies of them.
     backend: our own loss, or liger-kernel's, which needs a GPU and that package.
     """
 
@@ -97,6 +98,7 @@ class StageConfig:
     weight_decay: of matrices, never of gates, norms and biases. clip: largest gradient norm.
     dtype: of the computation; the weights that are trained are float32 in any case. auto: bfloat16 on a GPU.
     activation_checkpointing: recompute each layer in the backward pass, for less memory.
+    compile: the layers by torch.compile: faster steps after a minute at the start; whole models only.
     validation_tokens: held-out tokens to look at the model with, before the stage, every validate_every optimizer steps
         (0: never) and after it: its loss, perplexity by position beside the teacher's, half-lives and use of slots.
     save_every: optimizer steps between checkpoints, 0: only at the end. keep: how many checkpoints stay.
@@ -119,6 +121,7 @@ class StageConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     activation_checkpointing: bool = False
+    compile: bool = False
     validation_tokens: int = 0
     validate_every: int = 0
     save_every: int = 0
@@ -275,6 +278,8 @@ def check_stage(stage: StageConfig, config: RunConfig, key: str, wrong: Callable
         what = f"is {stage.decay_tokens}, more than the warm-up leaves of {stage.tokens}"
         wrong(f"{key}.decay_tokens", what, stage.tokens - stage.warmup_tokens)
     check_rates(stage, key, wrong)
+    if stage.compile and (config.deepspeed.zero == 3 or config.deepspeed.teacher != "whole"):
+        wrong(f"{key}.compile", "needs whole layers, but deepspeed.zero 3 or deepspeed.teacher spreads them", False)
     if stage.end_lr > 1:
         wrong(f"{key}.end_lr", f"is {stage.end_lr}, a fraction of the peak", 0.1)
     if not 0 <= stage.loss.kl <= 1:

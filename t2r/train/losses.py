@@ -7,27 +7,20 @@ computed again in the backward pass instead.
 
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, log_softmax
 from torch.utils.checkpoint import checkpoint
 
 from t2r.data.packing import UNLABELLED
 from t2r.errors import UserError
+from t2r.kernels.loss import Mix, implementation, reference, wide
 from t2r.schema import LossConfig
 
 Logits = Callable[[Tensor], Tensor]
-
-
-class Mix(NamedTuple):
-    """What a token's loss is: kl KL(teacher || student) + ce cross-entropy. The KL is of softmax(logits / temperature),
-    times temperature^2 as is usual, so that its gradient does not fade."""
-
-    kl: float
-    ce: float
-    temperature: float = 1.0
+FUSED_CHUNKS = 4  # in the memory of one: 2 times 2 bytes a logit of both models, where the reference takes 5 times 4
 
 
 class Sums(NamedTuple):
@@ -61,15 +54,19 @@ def mixed_loss(
 ) -> Sums:
     """The loss of labels [B,T] on a model's hidden states [B,T,W]; with mix.kl also on the teacher's, [B,T,W'].
 
-    Unlabelled tokens do not count, in the KL either. Logits exist for options.chunk tokens at a time.
+    Unlabelled tokens do not count, in the KL either. Logits exist for options.chunk tokens at a time, for four times as
+    many where the kernel works, which needs no copies of them.
     """
     hidden, labels = hidden.flatten(0, 1), labels.flatten()
     theirs = None if teacher_hidden is None else teacher_hidden.flatten(0, 1)
     if options.backend == "liger":
         return liger_loss(model, hidden, labels, mix, teacher, theirs)
     parameters = [p for p in model.lm_head.parameters() if p.requires_grad]
-    chunks = Chunks(head(model), head(teacher) if teacher else None, theirs, labels, mix, options.chunk)
-    if any(hasattr(p, "ds_id") for p in model.lm_head.parameters()):
+    sharded = any(hasattr(p, "ds_id") for p in model.lm_head.parameters())
+    losses = reference if sharded else implementation(hidden)  # autograd cannot follow the kernel
+    size = options.chunk * (1 if losses is reference else FUSED_CHUNKS)
+    chunks = Chunks(head(model), head(teacher) if teacher else None, theirs, labels, mix, size, losses)
+    if sharded:
         return chunks.recomputed(hidden)
     return Sums(*Fused.apply(chunks, hidden, *parameters))
 
@@ -83,6 +80,7 @@ class Chunks(NamedTuple):
     labels: Tensor
     mix: Mix
     size: int
+    losses: ModuleType
 
     def split(self, hidden: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """(hidden states, labels, the teacher's hidden states) of each chunk."""
@@ -92,15 +90,24 @@ class Chunks(NamedTuple):
 
     @torch.no_grad()
     def target(self, teacher_hidden: Tensor | None) -> Tensor | None:
-        return None if teacher_hidden is None else wide(self.teacher_logits(teacher_hidden))
+        return None if teacher_hidden is None else self.teacher_logits(teacher_hidden)
+
+    def sums(self, x: Tensor, y: Tensor, x_teacher: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(KL, cross-entropy) of a chunk."""
+        kl, ce = self.losses.token_losses(self.logits(x), y, self.target(x_teacher), self.mix)
+        return kl.sum(), ce.sum()
+
+    def with_gradients(self, x: Tensor, y: Tensor, x_teacher: Tensor | None, parameters: tuple[Tensor, ...]):
+        """(KL, cross-entropy, gradients of x and the parameters) of a chunk."""
+        x, target = x.detach().requires_grad_(), self.target(x_teacher)
+        with torch.enable_grad():
+            logits = self.logits(x)
+        kl, ce, upstream = self.losses.with_gradient(logits.detach(), y, target, self.mix)
+        return kl.sum(), ce.sum(), torch.autograd.grad(logits, [x, *parameters], upstream)
 
     def recomputed(self, hidden: Tensor) -> Sums:
         """The sums by autograd, each chunk computed again in the backward pass."""
-
-        def part(x: Tensor, y: Tensor, x_teacher: Tensor | None) -> tuple[Tensor, Tensor]:
-            return token_losses(wide(self.logits(x)), y, self.target(x_teacher), self.mix)
-
-        parts = [recomputed(part, *chunk) for chunk in self.split(hidden)]
+        parts = [recomputed(self.sums, *chunk) for chunk in self.split(hidden)]
         kl, ce = (torch.stack(sums).sum() for sums in zip(*parts, strict=True))
         return Sums(self.mix.kl * kl + self.mix.ce * ce, kl.detach(), ce.detach())
 
@@ -111,24 +118,19 @@ class Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, chunks: Chunks, hidden: Tensor, *parameters: Tensor):
         wanted = ctx.needs_input_grad[1]
-        kl, ce = hidden.new_zeros((2,), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        kl, ce = wide(hidden.new_zeros(2))
         gradients = []
         # bfloat16 would lose what a chunk adds to the sum of those before it
         sums = [torch.zeros_like(p, dtype=kl.dtype) for p in parameters] if wanted else []
-        for x, y, x_teacher in chunks.split(hidden):
-            x, target = x.detach().requires_grad_(wanted), chunks.target(x_teacher)
-            with torch.set_grad_enabled(wanted):
-                logits = wide(chunks.logits(x))
+        for chunk in chunks.split(hidden):
             if wanted:
-                kl_part, ce_part, upstream = with_gradient(logits.detach(), y, target, chunks.mix)
-            else:
-                kl_part, ce_part = token_losses(logits, y, target, chunks.mix)
-            kl, ce = kl + kl_part, ce + ce_part
-            if wanted:
-                of_x, *of_parameters = torch.autograd.grad(logits, [x, *parameters], upstream)
+                kl_part, ce_part, (of_x, *of_parameters) = chunks.with_gradients(*chunk, parameters)
                 gradients.append(of_x)
                 for total, part in zip(sums, of_parameters, strict=True):
                     total += part
+            else:
+                kl_part, ce_part = chunks.sums(*chunk)
+            kl, ce = kl + kl_part, ce + ce_part
         if wanted:
             ctx.save_for_backward(torch.cat(gradients), *sums)
             ctx.dtypes = [p.dtype for p in parameters]
@@ -140,45 +142,6 @@ class Fused(torch.autograd.Function):
         of_hidden, *sums = ctx.saved_tensors
         scaled = [(total * upstream).to(dtype) for total, dtype in zip(sums, ctx.dtypes, strict=True)]
         return None, (of_hidden * upstream).to(of_hidden.dtype), *scaled
-
-
-def wide(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def token_losses(logits: Tensor, labels: Tensor, teacher: Tensor | None, mix: Mix) -> tuple[Tensor, Tensor]:
-    """(KL, cross-entropy) of logits [tokens, V], summed over the labelled tokens; the KL is 0 without a teacher."""
-    ce = cross_entropy(logits, labels, ignore_index=UNLABELLED, reduction="sum")
-    if teacher is None:
-        return ce.new_zeros(()), ce
-    target = log_softmax(teacher / mix.temperature, dim=-1)
-    ours = log_softmax(logits / mix.temperature, dim=-1)
-    each = (target.exp() * (target - ours)).sum(-1)
-    return torch.where(labels != UNLABELLED, each, 0.0).sum() * mix.temperature**2, ce
-
-
-def with_gradient(logits: Tensor, labels: Tensor, teacher: Tensor | None, mix: Mix) -> tuple[Tensor, Tensor, Tensor]:
-    """`token_losses`, and the gradient [tokens, V] of mix.kl KL + mix.ce CE by the logits. One softmax of each model
-    serves both, and most steps are in place: a chunk's logits are read from memory a dozen times, not two dozen."""
-    T, labelled, at = mix.temperature, (labels != UNLABELLED)[:, None], labels.clamp(min=0)[:, None]
-    ours = log_softmax(logits, dim=-1)
-    ce, kl = -torch.where(labelled, ours.gather(1, at), 0.0).sum(), logits.new_zeros(())
-    gradient = ours.exp()
-    if teacher is None:
-        gradient.mul_(mix.ce)
-    else:
-        softened = ours if T == 1 else log_softmax(logits / T, dim=-1)
-        target = log_softmax(teacher if T == 1 else teacher / T, dim=-1)
-        wanted = target.exp()
-        each = target.sub_(softened).mul_(wanted).sum(-1, keepdim=True)
-        kl = torch.where(labelled, each, 0.0).sum() * T**2
-        if T == 1:
-            gradient.mul_(mix.ce + mix.kl)
-        else:
-            gradient.mul_(mix.ce).add_(softened.exp_(), alpha=mix.kl * T)
-        gradient.sub_(wanted, alpha=mix.kl * T)
-    gradient.scatter_add_(1, at, torch.full_like(at, -mix.ce, dtype=logits.dtype))
-    return kl, ce, gradient.mul_(labelled)
 
 
 def recomputed(function: Callable, *args):
