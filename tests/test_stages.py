@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from stage_cases import PACKED, SIZES, STAGE, alone, batch_of, student_model, teacher_model
+from torch._dynamo.testing import CompileCounter
 from torch.nn.functional import cross_entropy, log_softmax
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
@@ -197,6 +198,38 @@ def test_activation_checkpointing_changes_no_gradient(kind):
         gradients.append([p.grad for p in student.parameters() if p.grad is not None])
     assert len(gradients[0]) == len(gradients[1]) > 10
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("kind", STAGES)
+def test_compiled_layers_have_the_same_gradients(kind):
+    """Also with other documents than those it was compiled for."""
+    gradients = []
+    for on in (False, True):
+        student, teacher = student_model().train(), teacher_model().requires_grad_(False)
+        step = engine.Step(STAGES[kind](replace(STAGE, kind=kind)), student, teacher)
+        if on:
+            engine.compile_layers(student, teacher, kind)
+        for documents in (PACKED, [[15, 25], [40]]):
+            step(batch_of(documents))[0].backward()
+        gradients.append([p.grad for p in student.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(gradients[1]) > 10
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_layers_with_kernels_are_one_graph(monkeypatch):
+    """One for all layers and any number of documents, without a break."""
+    monkeypatch.setattr("t2r.kernels.gsa.op.choose_backend", lambda *args: "triton")
+    sizes = SIZES | {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 64}
+    gsa = preset("exact", slots=16, sinks=3).to_dict()
+    student = AutoModelForCausalLM.from_config(CONFIG_CLASSES["llama"](**sizes, gsa=gsa)).train()
+    graphs = CompileCounter()
+    for layer in student.model.layers:
+        layer.compile(backend=graphs, fullgraph=True)
+    step = engine.Step(STAGES["lm"](replace(STAGE, kind="lm")), student, None)
+    for documents in ([[9, 11]], [[5, 10, 1, 4]]):
+        step(batch_of(documents))[0].backward()
+    assert graphs.frame_count == 1
 
 
 def gate_gradient(student, teacher, batch):

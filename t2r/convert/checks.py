@@ -227,12 +227,14 @@ def hooked(modules, before=None, after=None) -> Iterator[None]:
 @contextmanager
 def sink_distances(student, distance) -> Iterator[None]:
     """Another sink_distance in each layer, for a while."""
-    layers = student.model.gsa_layers
-    student.model.gsa_layers = {i: replace(gsa, sink_distance=distance(gsa)) for i, gsa in layers.items()}
+    before = {module: module.gsa for module in gsa_mixers(student).values()}
+    for module, gsa in before.items():
+        module.gsa = replace(gsa, sink_distance=distance(gsa))
     try:
         yield
     finally:
-        student.model.gsa_layers = layers
+        for module, gsa in before.items():
+            module.gsa = gsa
 
 
 def ring_window(gsa: GSAConfig, T: int) -> Tensor:

@@ -11,6 +11,7 @@ import copy
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -30,24 +31,28 @@ class Context:
 
     positions [B,T]: position in the document, -1 = padding; None: counted from the memory's.
     cu_seqlens [N+1]: bounds of packed documents over the flattened [B*T] tokens, or None.
-    sink_turns: layer -> (cos, sin) [B,T,R] float32 that turn a query from its true distance to the bounded one; only
-        layers where a token is beyond it.
+    sink_turns: GSAttention.turn -> (cos, sin) [B,T,R] float32 that turn a query from its true distance to the bounded
+        one; only where a token is beyond it.
     """
 
     positions: Tensor | None = None
     cu_seqlens: Tensor | None = None
-    sink_turns: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    sink_turns: dict[tuple, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 class GSAttention:
-    """Mixed in front of a source's attention class; `adopt_attention` makes the instance."""
+    """Mixed in front of a source's attention class; `adopt_attention` makes the instance.
+
+    Nothing here reads the number of the layer while it is trained, so torch.compile needs one graph for all layers.
+    """
 
     gsa: GSAConfig
     rotate: Callable  # the source's apply_rotary_pos_emb: its layout of pairs, its share of the channels
+    rotary: str | None  # which of the source's rotary embeddings (families.layer_type), None: it has none here
 
-    def add_gsa(self, gsa_config: GSAConfig) -> None:
+    def add_gsa(self, gsa_config: GSAConfig, rotary: str | None) -> None:
         """Add the new parameters (named in GSAConfig.new_tensors) and switch the attention function."""
-        self.gsa, weight = gsa_config, self.o_proj.weight
+        self.gsa, self.rotary, weight = gsa_config, rotary, self.o_proj.weight
         self.config = copy.copy(self.config)
         self.config._attn_implementation = "gsa"
         with torch.device(weight.device):
@@ -64,6 +69,12 @@ class GSAttention:
     @property
     def kv_heads(self) -> int:
         return self.config.num_key_value_heads
+
+    @property
+    def turn(self) -> tuple[int, str] | None:
+        """(farthest distance at which sinks are read, rotary embedding) where that is bounded."""
+        bounded = self.gsa.sinks and self.gsa.sink_distance is not None and self.rotary is not None
+        return (self.gsa.sink_distance, self.rotary) if bounded else None
 
     def new_names(self) -> list[str]:
         """Names of the parameters of `add_gsa`."""
@@ -110,13 +121,17 @@ class GSAttention:
         )
 
 
-def adopt_attention(module: nn.Module, gsa_config: GSAConfig) -> None:
+def adopt_attention(module: nn.Module, gsa_config: GSAConfig, rotary: str | None) -> None:
     """Turn a source's attention module, in place, into its GSA counterpart. Its tensors and their names stay."""
-    cls = type(module)
-    rotate = staticmethod(sys.modules[cls.__module__].apply_rotary_pos_emb)
-    attributes = {"__module__": __name__, "rotate": rotate}
-    module.__class__ = type(f"GSA{cls.__name__}", (GSAttention, cls), attributes)
-    module.add_gsa(gsa_config)
+    module.__class__ = attention_class(type(module))
+    module.add_gsa(gsa_config, rotary)
+
+
+@cache
+def attention_class(source: type) -> type:
+    """The GSA counterpart of a source's attention class, one for all layers."""
+    rotate = staticmethod(sys.modules[source.__module__].apply_rotary_pos_emb)
+    return type(f"GSA{source.__name__}", (GSAttention, source), {"__module__": __name__, "rotate": rotate})
 
 
 def gsa_attention(
@@ -138,8 +153,8 @@ def gsa_attention(
     B, T = q.shape[:2]
     gate = gsa_gate.unflatten(-1, (module.kv_heads, config.slots))
     q_sink, positions = None, context.positions
-    if module.layer_idx in context.sink_turns:
-        turned, _ = module.rotate(query.float(), key[:, :1].float(), *context.sink_turns[module.layer_idx])
+    if module.turn in context.sink_turns:
+        turned, _ = module.rotate(query.float(), key[:, :1].float(), *context.sink_turns[module.turn])
         q_sink = turned.to(q.dtype).transpose(1, 2)
     if context.cu_seqlens is not None and B > 1:
         rows = (q, k, v, gate, q_sink, positions)

@@ -113,29 +113,20 @@ class GSAMixin(GSAParameters):
         context = Context(positions, cu_seqlens, self.sink_turns(positions, longest))
         return context, positions.clamp(min=0) if position_ids is None else position_ids
 
-    def sink_turns(self, positions: Tensor, longest: int | None) -> dict[int, tuple[Tensor, Tensor]]:
-        """Layer -> rotation of a query at each position back to the layer's `sink_distance`, for the layers whose
-        distance some position is beyond. Made by the source's own rotary embedding. longest: no document is longer;
-        None: the positions tell, for one host read."""
-        turns, known = {}, {}
-        for i, gsa in self.gsa_layers.items():
-            if not gsa.sinks or gsa.sink_distance is None or not self.rotates(i):
+    def sink_turns(self, positions: Tensor, longest: int | None) -> dict[tuple, tuple[Tensor, Tensor]]:
+        """GSAttention.turn -> rotation of a query at each position back to the bounded distance, where some position is
+        beyond it. Made by the source's own rotary embedding. longest: no document is longer; None: the positions tell,
+        for one host read."""
+        turns = {}
+        for turn in dict.fromkeys(module.turn for module in self.gsa_modules):
+            if turn is None:
                 continue
             if longest is None:
                 longest = int(positions.max()) + 1
-            if longest <= gsa.sink_distance + 1:
-                continue
-            key = gsa.sink_distance, layer_type(self.config, i)
-            if key not in known:
-                known[key] = self.rotation((gsa.sink_distance - positions).clamp(max=0), key[1])
-            turns[i] = known[key]
+            distance, kind = turn
+            if longest > distance + 1:
+                turns[turn] = self.rotation((distance - positions).clamp(max=0), kind)
         return turns
-
-    def rotates(self, layer: int) -> bool:
-        """Whether a layer has a rotary embedding at all."""
-        family = FAMILIES[self.config.model_type.removeprefix("gsa_")]
-        attention = self.get_submodule(family.attention.format(layer))
-        return family.rotates is None or bool(getattr(attention, family.rotates))
 
     def rotation(self, positions: Tensor, kind: str) -> tuple[Tensor, Tensor]:
         """(cos, sin) [B,T,R] float32 of the source's rotary embedding, without its factor on the attention logits."""
@@ -162,9 +153,12 @@ def packed_documents(position_ids: Tensor) -> Tensor | None:
 def become_gsa(base) -> None:
     """Replace the attention modules of a source's base model, but for those that keep softmax, on the instance."""
     family = FAMILIES[base.config.model_type.removeprefix("gsa_")]
-    base.gsa_layers = GSAConfig.of(base.config).gsa_layers(base.config)
+    base.gsa_layers, base.gsa_modules = GSAConfig.of(base.config).gsa_layers(base.config), []
     for i, gsa in base.gsa_layers.items():
-        adopt_attention(base.get_submodule(family.attention.format(i)), gsa)
+        attention = base.get_submodule(family.attention.format(i))
+        rotates = family.rotates is None or getattr(attention, family.rotates)
+        adopt_attention(attention, gsa, layer_type(base.config, i) if rotates else None)
+        base.gsa_modules.append(attention)
     # Some rotary embeddings change their frequencies once a text is long. Keys in slots cannot be turned anew, and they
     # are never read from far away, so the frequencies stay those of short texts.
     rotary = type(base.rotary_emb)

@@ -41,7 +41,7 @@ from t2r.train.parameters import (
 )
 from t2r.train.plot import plot
 from t2r.train.sharding import Group, from_a_peer, initialize, without_weights, zero_stage
-from t2r.train.stages import STAGES, Stage
+from t2r.train.stages import STAGES, Stage, mixers
 from t2r.train.validation import validate
 
 STOP = "stop"  # the metric in which processes tell each other that one of them was asked to stop
@@ -56,6 +56,8 @@ class Step(nn.Module):
         self.stage, self.teacher = stage, [teacher]
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        # compiled layers are made for any number of documents at once
+        torch._dynamo.maybe_mark_dynamic(batch.cu_seqlens, 0)
         loss, metrics = self.stage.loss(self.student, self.teacher[0], batch)
         # a loss that is not finite must not have a gradient that is: only gradients are checked before the update
         return loss * (1 + 0 * loss.detach()), metrics
@@ -84,6 +86,18 @@ def recompute_layers(student) -> None:
     """Activation checkpointing, whatever this transformers calls it."""
     enable = getattr(student, "activation_checkpointing_enable", None) or student.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+
+
+def compile_layers(student, teacher, kind: str) -> None:
+    """torch.compile, layer by layer, one graph for all of them; in align the student's mixers are called alone,
+    and the teacher's, which are listened to, stay as they are."""
+    if kind == "align":
+        parts = mixers(student)
+        parts += [x for layer in teacher.model.layers for x in layer.children() if x not in mixers(teacher)]
+    else:
+        parts = [*student.model.layers, *(teacher.model.layers if teacher else [])]
+    for part in parts:
+        part.compile()
 
 
 def load_student(folder: Path, stage: StageConfig, read: bool = True):
@@ -146,6 +160,8 @@ def train(
     flops = training_flops(student, stage)
     universal = newest is not None and of_other_world(newest, group)
     step = Step(STAGES[stage.kind](stage), student, teacher)
+    if stage.compile:
+        compile_layers(student, teacher, stage.kind)
     linear = torch.nn.functional.linear
     engine = initialize(step, groups, config.deepspeed, stage, group, universal)
     start = resume(engine, newest, source, group) if newest else 0
@@ -154,7 +170,8 @@ def train(
     def check(step: int) -> None:
         if validation is None:
             return
-        found = validate(engine, validation, stage, group) | {"teacher_ppl": teacher_ppl}
+        with torch.compiler.set_stance("force_eager"):  # batches of other sizes, modules that are listened to
+            found = validate(engine, validation, stage, group) | {"teacher_ppl": teacher_ppl}
         if log:
             log.validation(step, found)
             log.resume_clock()
