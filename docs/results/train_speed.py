@@ -30,7 +30,7 @@ from t2r.train.sharding import Group, compute_dtype, initialize, join_group
 from t2r.train.stages import STAGES
 
 TOKENS = 65536  # of an optimizer step
-STEPS, WARM = 12, 4
+STEPS, WARM = 8, 3
 
 
 def rows(B: int, T: int, documents: int, vocabulary: int, device: torch.device) -> Batch:
