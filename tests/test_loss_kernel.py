@@ -54,7 +54,7 @@ def compare(logits, labels, teacher, mix):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("mix", MIXES, ids=str)
-@pytest.mark.parametrize("V", [2, 50, STEPS])
+@pytest.mark.parametrize("V", [2, fused.BLOCK, STEPS])
 def test_the_kernel_is_the_reference(V, mix, temperature, dtype):
     compare(*draw(6, V, dtype), mix._replace(temperature=temperature))
 

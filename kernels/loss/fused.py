@@ -23,6 +23,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # read a logit after another had written its gradient there.
 BLOCK, WARPS = 8192, 16
 RUN = tl.constexpr(8)  # neighbours that one thread takes: 16 bytes of half precision
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # where a maximum starts: finite, so that -inf minus it is no NaN
 IGNORED = tl.constexpr(UNLABELLED)
 
@@ -35,15 +37,15 @@ def load_step(logits, at, V):
 
 @triton.jit
 def add_exponentials(x, top, total, rate):
-    """A step's share of sum exp((x - top) rate), [BLOCK / RUN] a thread's own, with its maximum: (maximum, sum)."""
+    """A step's share of sum 2^((x - top) rate), [BLOCK / RUN] a thread's own, with its maximum: (maximum, sum)."""
     higher = tl.maximum(top, tl.max(x, axis=1))
-    return higher, total * tl.exp((top - higher) * rate) + tl.sum(tl.exp((x - higher[:, None]) * rate), axis=1)
+    return higher, total * tl.exp2((top - higher) * rate) + tl.sum(tl.exp2((x - higher[:, None]) * rate), axis=1)
 
 
 @triton.jit
 def log_sum(top, total, highest, rate):
-    """log sum exp((x - highest) rate) of all threads."""
-    return tl.log(tl.sum(total * tl.exp((top - highest) * rate), axis=0))
+    """log2 sum 2^((x - highest) rate) of all threads."""
+    return tl.log2(tl.sum(total * tl.exp2((top - highest) * rate), axis=0))
 
 
 @triton.jit
@@ -67,7 +69,7 @@ def loss_kernel(logits, teacher, labels, gradient, kl, ce, V, of_kl, of_ce, temp
         return
 
     said = tl.load(logits + label, mask=(label >= 0) & (label < V), other=float("nan")).to(tl.float32)
-    rate = 1.0 / temperature if SOFTENED else 1.0
+    rate = LOG2E / temperature if SOFTENED else LOG2E
     top = tl.full([BLOCK // RUN], LOWEST, tl.float32)
     total = tl.zeros([BLOCK // RUN], tl.float32)
     if SOFTENED:
@@ -80,33 +82,36 @@ def loss_kernel(logits, teacher, labels, gradient, kl, ce, V, of_kl, of_ce, temp
         x = load_step(logits, at, V)
         if SOFTENED:
             _, soft_total = add_exponentials(x, top, soft_total, rate)
-        top, total = add_exponentials(x, top, total, 1.0)
+        top, total = add_exponentials(x, top, total, LOG2E)
         if HAS_TEACHER:
             their_top, their_total = add_exponentials(load_step(teacher, at, V), their_top, their_total, rate)
 
     highest = tl.max(top, axis=0)
-    norm = log_sum(top, total, highest, 1.0)
-    tl.store(ce + row, highest - said + norm)
+    norm = log_sum(top, total, highest, LOG2E)
+    tl.store(ce + row, highest - said + norm * LN2)
     if HAS_TEACHER:
         soft_norm = log_sum(top, soft_total, highest, rate) if SOFTENED else norm
         their_highest = tl.max(their_top, axis=0)
         their_norm = log_sum(their_top, their_total, their_highest, rate)
+        of_soft = of_kl * temperature
     divergence = tl.zeros([BLOCK // RUN], tl.float32)
     if HAS_TEACHER or HAS_GRADIENT:
         for back in range(0, V, BLOCK):
-            at = (V - 1) // BLOCK * BLOCK - back + run
+            start = (V - 1) // BLOCK * BLOCK - back
+            at = start + run
             x = load_step(logits, at, V) - highest
-            slope = tl.exp(x - norm) * of_ce
+            slope = tl.exp2(x * LOG2E - norm) * of_ce
             if HAS_TEACHER:
                 ours = x * rate - soft_norm
                 theirs = (load_step(teacher, at, V) - their_highest) * rate - their_norm
-                wanted = tl.exp(theirs)
-                divergence += tl.sum(tl.where(wanted == 0.0, 0.0, wanted * (theirs - ours)), axis=1)
-                slope += (tl.exp(ours) - wanted) * (of_kl * temperature)
-            slope -= tl.where(at == label.to(tl.int32), of_ce, 0.0)
+                wanted = tl.exp2(theirs)
+                divergence += tl.sum(tl.where(wanted == 0.0, 0.0, theirs - ours) * wanted, axis=1)
+                slope = slope + tl.exp2(ours) * of_soft - wanted * of_soft
             if HAS_GRADIENT:
+                if (label >= start) & (label < start + BLOCK):
+                    slope -= tl.where(at == label.to(tl.int32), of_ce, 0.0)
                 tl.store(gradient + at, slope.to(gradient.dtype.element_ty), mask=at < V)
-    tl.store(kl + row, tl.sum(divergence, axis=0) * temperature * temperature)
+    tl.store(kl + row, tl.sum(divergence, axis=0) * (LN2 * temperature * temperature))
 
 
 def launch(
