@@ -72,8 +72,8 @@ class LossConfig:
     """align: what a mixer's output is judged by, its squared distance or its angle to the teacher's.
     kl: weight of KL(teacher || student) in `distill`, the rest is cross-entropy. temperature: of both in the KL. Of a
         chat both are of what the assistant says: what others say is read, not imitated. align is of every token.
-    chunk: tokens whose logits exist at once, the memory knob of `distill` and `lm`; it changes no result. On a GPU the
-        logits of four times as many do, which takes no more memory: the kernel there makes no float32 copies of them.
+    chunk: tokens whose logits exist at once, the memory knob of `distill` and `lm`; it changes no result. On a GPU four
+        times as many in bfloat16, twice in float32, which takes no more memory: the kernel there makes no copies.
     backend: our own loss, or liger-kernel's, which needs a GPU and that package.
     """
 
