@@ -1,5 +1,5 @@
-"""Triton's interpreter with bfloat16 that is right: its own cuts float32 off in place of rounding it, and multiplies the
-bits of bfloat16 as if they were integers."""
+"""Triton's interpreter with bfloat16 that is right: its own cuts float32 off in place of rounding it, and multiplies
+the bits of bfloat16 as if they were integers."""
 
 import numpy
 import torch

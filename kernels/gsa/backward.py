@@ -32,6 +32,7 @@ from .tile import (
     real_rows,
     row_mask,
     store_rows,
+    store_tile,
     to_rows,
     triangle,
     weights,
@@ -48,11 +49,11 @@ def inner_kernel(
     D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
     G: tl.constexpr, GB: tl.constexpr,
 ):  # fmt: skip
-    """One chunk and kv head, GB query heads at a time: dlogits [B,T,H*G,M]; dv [B,T,H,E] inside the chunk; adjoint
-    [n,H,D+E,M] and d_occupancy [n,H,M]: the gains for the reverse scan; tiles [n,H,C,M]: own, the gradient of w by what
-    tokens read of themselves; rows, sums of u times what was read before; met, the values' part of the gradient of what
-    tokens wrote; across, if LINEAR, the values' part and the first token's; z_rows, d log alpha at each row through the
-    occupancy."""
+    """One chunk and kv head, GB query heads at a time: dlogits [n,H,.,R,M] by tiles; dv [B,T,H,E] inside the chunk;
+    adjoint [n,H,D+E,M] and d_occupancy [n,H,M]: the gains for the reverse scan; tiles [n,H,C,M]: own, the gradient of w
+    by what tokens read of themselves; rows, sums of u times what was read before; met, the values' part of the gradient of
+    what tokens wrote; across, if LINEAR, the values' part and the first token's; z_rows, d log alpha at each row
+    through the occupancy."""
     pid = tl.program_id(0)
     chunk, h = pid // H, pid % H
     batch, begin, count = chunk_span(table, chunk, T, chunks_per_row, C, PACKED)
@@ -100,12 +101,13 @@ def inner_kernel(
         ).to(DTYPE)  # fmt: skip
         pairs, own_value = triangle(tl.dot(xo, tl.trans(z), input_precision=PRECISION), C, GB)
         pairs = pairs.to(DTYPE)
-        left = (p * to_rows(load_tile(decayed, pid, m, C, M), DTYPE, PRECISION, C, GB)).to(DTYPE)
+        passed = p * to_rows(load_tile(decayed, pid, m, C, M), DTYPE, PRECISION, C, GB)
+        left = passed.to(DTYPE)
         gain = tl.dot(tl.trans(xo), left, input_precision=PRECISION)
         add_state(adjoint, gain, first, D, again, E, BE, M)
         if LINEAR:
             crossing = tl.sum(gain * V0.to(tl.float32), axis=0)
-        A, met_here = weights(p, left, pairs, gates, True, C, GB, M, PRECISION)
+        A, met_here = weights(p, passed, left, pairs, gates, True, LINEAR, C, GB, M, PRECISION)
         dy = tl.dot(tl.trans(A), xo, input_precision=PRECISION)
         add_rows(dv, dy, (row0 * H + h) * E, H * E, columns, again, C, E, BE)
         add_tile(met, met_here, pid, m, again, C, M)
@@ -119,7 +121,7 @@ def inner_kernel(
             dy = softmax * (dp * inverse_rows - total)
             dl = dy * scale * inverse_rows
             dz = (dy * (1.0 - scale * logits * inverse_rows) - dp_p) * inverse_rows
-            dz = over_heads(dz, DTYPE, PRECISION, C, GB)
+            dz = over_heads(dz, True, DTYPE, PRECISION, C, GB)
             dz *= tl.exp(load_tile(L, pid, m, C, M))
             at = d_occupancy + pid.to(tl.int64) * M + m
             tl.store(at, tl.sum(dz, axis=0) + tl.load(at, mask=(m >= 0) & again, other=0.0))
@@ -127,9 +129,9 @@ def inner_kernel(
             add_tile(z_rows, dz * (z0 - 1.0), pid, m, again, C, M)
         else:
             dl = scale * (dp_p - p * total)
-        store_rows(dlogits, dl, (row0 * H + h) * G * M + g0 * M, H * G * M, M, live, C, GB, M, M)
-        add_tile(rows, over_heads(read_rows + dl * before, DTYPE, PRECISION, C, GB), pid, m, again, C, M)
-        value = over_heads(p * own_value[:, None] + dl * own_key, DTYPE, PRECISION, C, GB)
+        store_tile(dlogits, dl, pid * tl.cdiv(G, GB) + g0 // GB, m, C * GB, M)
+        add_tile(rows, over_heads(read_rows + dl * before, True, DTYPE, PRECISION, C, GB), pid, m, again, C, M)
+        value = over_heads(p * own_value[:, None] + dl * own_key, False, DTYPE, PRECISION, C, GB)
         add_tile(own, value, pid, m, again, C, M)
         if HAS_SINK:
             passed = dl * to_rows(load_tile(decayed, pid, m, C, M), DTYPE, PRECISION, C, GB)
@@ -156,9 +158,9 @@ def flow(u, x, y, K0, gates, dy, met, across, LINEAR: tl.constexpr, C: tl.conste
     decayed, _written, _later, _L, _label, _anchors, pid, classes = gates
     pairs, _own = triangle(tl.dot(x, tl.trans(y), input_precision=PRECISION), C, GB)
     pairs = pairs.to(x.dtype)
-    left = u * to_rows(load_tile(decayed, pid, tl.arange(0, M), C, M), x.dtype, PRECISION, C, GB)
-    left = left.to(x.dtype)
-    A, met_here = weights(u, left, pairs, gates, True, C, GB, M, PRECISION)
+    passed = u * to_rows(load_tile(decayed, pid, tl.arange(0, M), C, M), x.dtype, PRECISION, C, GB)
+    left = passed.to(x.dtype)
+    A, met_here = weights(u, passed, left, pairs, gates, True, LINEAR, C, GB, M, PRECISION)
     dx = tl.dot(left, tl.trans(K0), input_precision=PRECISION)
     dx = tl.dot(A, y, dx, input_precision=PRECISION)
     dy = tl.dot(tl.trans(A), x, dy, input_precision=PRECISION)
@@ -201,7 +203,7 @@ def outer_kernel(
         live = row_mask(count, G - g0, C, GB)
         q_first = batch * q_b + begin * q_t + (h * G + g0) * q_h
         at = (row0 * H + h) * G * D + g0 * D
-        dl = load_rows(dlogits, (row0 * H + h) * G * M + g0 * M, H * G * M, M, live, C, GB, M, M).to(tl.float32)
+        dl = load_tile(dlogits, pid * tl.cdiv(G, GB) + g0 // GB, m, C * GB, M)
         x = load_rows(q, q_first, q_t, q_h, live, C, GB, D, BD).to(DTYPE)
         u = dl
         if HAS_SINK:
@@ -220,15 +222,19 @@ def outer_kernel(
 
     remaining = load_tile(left, pid, m, C, M)
     dK = load_state(adjoint, first, 0, D, BD, M)
-    gone = tl.sum(K0.to(tl.float32) * dK.to(tl.float32), axis=0)
+    gone = K0.to(tl.float32) * dK.to(tl.float32)
     held = tl.dot(y, dK, input_precision=PRECISION)
     dy = tl.dot(remaining, tl.trans(dK), dy, input_precision=PRECISION)
-    add_rows(dk, dy, (row0 * H + h) * D, H * D, columns, False, C, D, BD)
+    store_rows(dk, dy, (row0 * H + h) * D, H * D, 0, columns, C, 1, D, BD)
     dV = load_state(adjoint, first, D, E, BE, M)
-    gone += tl.sum(load_state(states, first, D, E, BE, M).to(tl.float32) * dV.to(tl.float32), axis=0)
+    passed = load_state(states, first, D, E, BE, M).to(tl.float32) * dV.to(tl.float32)
+    if BD == BE:  # one sum is cheaper than two
+        gone = tl.sum(gone + passed, axis=0)
+    else:
+        gone = tl.sum(gone, axis=0) + tl.sum(passed, axis=0)
     y = load_rows(v, batch * v_b + begin * v_t + h * v_h, v_t, 0, columns, C, 1, E, BE).to(DTYPE)
     held = tl.dot(y, dV, held, input_precision=PRECISION)
     dy = tl.dot(remaining, tl.trans(dV), input_precision=PRECISION)
     add_rows(dv, dy, (row0 * H + h) * E, H * E, columns, True, C, E, BE)
-    add_tile(after, held, pid, m, False, C, M)
+    store_tile(after, held, pid, m, C, M)
     tl.store(through + pid.to(tl.int64) * M + m, gone)

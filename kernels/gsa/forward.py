@@ -161,8 +161,9 @@ def output_kernel(
         p = read(logits, inverse_rows, log_rows, scale) * inverse_rows
     else:
         p = read(logits, 1.0, 0.0, scale)
-    left = (p * to_rows(load_tile(decayed, pid, m, C, M), DTYPE, PRECISION, C, GB)).to(DTYPE)
-    A, _met = weights(p, left, pairs, gates, False, C, GB, M, PRECISION)
+    passed = p * to_rows(load_tile(decayed, pid, m, C, M), DTYPE, PRECISION, C, GB)
+    left = passed.to(DTYPE)
+    A, _met = weights(p, passed, left, pairs, gates, False, False, C, GB, M, PRECISION)
     out = tl.dot(left, tl.trans(V0), input_precision=PRECISION)
     out = tl.dot(A, z, out, input_precision=PRECISION)
     if HAS_POSITIONS:

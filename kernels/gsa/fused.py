@@ -246,7 +246,8 @@ def gsa_backward(
 
     grads = {"dq": like(q), "dk": like(k), "dv": like(v), "dgate": like(gate), "ds": like(s)}
     grads |= {"d_write": like(write), "d_keep": like(keep), "dq_sink": like(q_sink)}
-    dlogits = torch.empty(*q.shape[:3], M, device=q.device, dtype=torch.float32)
+    tile = launch.tile
+    dlogits = launch.scratch(triton.cdiv(launch.args["G"], tile.heads), C * tile.heads, M)
     launch.args |= grads | {"do": do.contiguous(), "dlogits": dlogits, "adjoint": adjoint, "d_occupancy": d_z}
     launch.args |= {name: launch.scratch(C, M) for name in ("own", "rows", "met", "after")}
     launch.args |= {"across": launch.scratch(C, M) if linear else None, "through": launch.scratch(M)}

@@ -136,7 +136,7 @@ def gates_kernel(
     if classes > 0:
         store_tile(later, here, pid, m, C, M)
     t = tl.arange(0, C)
-    to_end = tl.exp(sum_tokens(t[None, :] > t[:, None], log_alpha, DTYPE, PRECISION))
+    to_end = tl.exp(sum_tokens(t[None, :] > t[:, None], log_alpha, True, DTYPE, PRECISION))
     store_tile(left, to_end * weight, pid, m, C, M)
     if BACKWARD:
         store_tile(in_class, tl.exp(since), pid, m, C, M)
@@ -198,22 +198,24 @@ def logits_kernel(
     end = tl.load(L + tile_at + (C - 1) * M)
     after_chunk = tl.exp(end - tl.load(L + tile_at)) * tl.load(through + at)
     factor = tl.rsqrt(load_tile(in_class, pid, m, C, M))
-    inner_w = load_tile(met, pid, m, C, M) * factor * factor
-    inside = load_tile(rows, pid, m, C, M) - weight * inner_w
+    met_here = load_tile(met, pid, m, C, M)
+    inner_w = met_here * factor * factor
+    # of what rows read of a token after t nothing may be left in the sum at t: so with the rounded weight of `reads`
+    inside = load_tile(rows, pid, m, C, M) - met_here * (weight * factor * factor).to(DTYPE).to(tl.float32)
     if OCCUPANCY:
         after_chunk += tl.exp(end) * tl.load(d_occupancy + at) * (tl.load(occupancy + at) - 1.0)
         z = load_tile(z_rows, pid, m, C, M)
         inside += z
-    grad_log = sum_tokens(from_here, inside, DTYPE, PRECISION)
+    grad_log = sum_tokens(from_here, inside, True, DTYPE, PRECISION)
     if FORM == "linear":
         # at the start of a class the common sum is of large terms that cancel, the gradient is what crosses it
         crossing = load_tile(across, pid, m, C, M)
         if OCCUPANCY:
-            crossing += sum_tokens(from_here, z, DTYPE, PRECISION)
+            crossing += sum_tokens(from_here, z, True, DTYPE, PRECISION)
         grad_log = tl.where(begins_class(label, pid, m, C, M), crossing, grad_log)
-    to_end = tl.exp(sum_tokens(t[None, :] > t[:, None], log_alpha, DTYPE, PRECISION))
+    to_end = tl.exp(sum_tokens(t[None, :] > t[:, None], log_alpha, True, DTYPE, PRECISION))
     outer_w = load_tile(after, pid, m, C, M) * to_end
-    grad_log += sum_tokens(before, weight * outer_w, DTYPE, PRECISION) + after_chunk[None, :]
+    grad_log += sum_tokens(before, weight * outer_w, True, DTYPE, PRECISION) + after_chunk[None, :]
     grad_w = load_tile(own, pid, m, C, M) + inner_w + outer_w
     at = (row0 * H + h) * M + (t * (H * M))[:, None] + m[None, :]
     mask = (t < count)[:, None]

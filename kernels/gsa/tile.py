@@ -112,23 +112,23 @@ def add_state(states, value, first, row0, again, D: tl.constexpr, BD: tl.constex
 
 
 @triton.jit
-def sum_tokens(taken, x, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+def sum_tokens(taken, x, SPLIT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
     """[.,R] of truths, x [R,M] -> sums of the rows taken. A product, as sums of terms of one sign keep their relative
     precision (a difference of two cumulative sums would not), and scans in reverse or over heads are slow. For bfloat16
-    inputs x is split into two terms, which keeps 16 bits."""
+    inputs x is rounded, or if SPLIT made of two terms, which keeps 16 bits."""
     ones = tl.where(taken, 1.0, 0.0).to(DTYPE)
     high = x.to(DTYPE)
     total = tl.dot(ones, high, input_precision=PRECISION)
-    if DTYPE == tl.bfloat16:
+    if SPLIT and DTYPE == tl.bfloat16:
         total = tl.dot(ones, (x - high.to(tl.float32)).to(DTYPE), total)
     return total
 
 
 @triton.jit
-def over_heads(x, DTYPE: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, GB: tl.constexpr):
+def over_heads(x, SPLIT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, GB: tl.constexpr):
     """[C*GB,M] -> [C,M]: sum over the query heads of a token."""
     if GB > 1:
-        x = sum_tokens(row_token(C, GB)[None, :] == tl.arange(0, C)[:, None], x, DTYPE, PRECISION)
+        x = sum_tokens(row_token(C, GB)[None, :] == tl.arange(0, C)[:, None], x, SPLIT, DTYPE, PRECISION)
     return x
 
 
@@ -143,7 +143,7 @@ def load_tile(x, pid, m, C: tl.constexpr, M: tl.constexpr):
 def to_rows(x, DTYPE: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, GB: tl.constexpr):
     """[C,M] -> [R,M]: every query head of a token gets its token's values. A product with zeros and ones lays them out
     as the accumulators that they meet; loading the tile in that layout keeps the load unit busy five times as long."""
-    return sum_tokens(row_token(C, GB)[:, None] == tl.arange(0, C)[None, :], x, DTYPE, PRECISION)
+    return sum_tokens(row_token(C, GB)[:, None] == tl.arange(0, C)[None, :], x, True, DTYPE, PRECISION)
 
 
 @triton.jit
@@ -222,7 +222,7 @@ def reads(x, pairs, state, p, gates, ACROSS: tl.constexpr, C: tl.constexpr, GB: 
     for c in range(1, classes + 1):
         if ACROSS:
             later = row_token(C, GB)[None, :] >= tl.arange(0, C)[:, None]
-            crossed = sum_tokens(later, p * met, x.dtype, PRECISION)
+            crossed = sum_tokens(later, p * met, False, x.dtype, PRECISION)
             across += tl.where(load_tile(label, pid, m, C, M) >= c, crossed, 0.0)
         met = tl.dot(pairs, written_in(gates, c, C, M), input_precision=PRECISION)
         met *= row(gates, c, x.dtype, PRECISION, C, GB, M)
@@ -231,24 +231,36 @@ def reads(x, pairs, state, p, gates, ACROSS: tl.constexpr, C: tl.constexpr, GB: 
 
 
 @triton.jit
-def weights(p, left, pairs, gates, MET: tl.constexpr, C: tl.constexpr, GB: tl.constexpr, M: tl.constexpr,
-            PRECISION: tl.constexpr):  # fmt: skip
-    """Slot weights p [R,M] -> token weights [R,C]: sum_m p_i e^{L_i - L_j} w_j for j <= i; left is p times the tile
-    decayed, in the tiles' type.
+def columns_met(pairs, x, rounded, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """[C,M]: sum_i pairs_ij x_i, for bfloat16 with x rounded, or if SPLIT made of two terms: only their difference
+    from sums over rows of the same pairs counts, for slow gates a small part of either."""
+    met = tl.dot(tl.trans(pairs), rounded, input_precision=PRECISION)
+    if SPLIT and rounded.dtype == tl.bfloat16:
+        met = tl.dot(tl.trans(pairs), (x - rounded.to(tl.float32)).to(rounded.dtype), met)
+    return met
+
+
+@triton.jit
+def weights(p, passed, left, pairs, gates, MET: tl.constexpr, LINEAR: tl.constexpr, C: tl.constexpr, GB: tl.constexpr,
+            M: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Slot weights p [R,M] -> token weights [R,C]: sum_m p_i e^{L_i - L_j} w_j for j <= i; passed is p times the tile
+    decayed, left the same in the tiles' type.
 
     If MET also the gradient of what a token wrote, w_j `col_j`, [C,M]: sum_i p_i pairs_ij `row_i`; pairs as of `reads`.
+    LINEAR: also in classes after the first it must be fit for a difference; other gates are seldom slow there.
     """
     _decayed, written, _later, _L, label, _anchors, pid, classes = gates
     A = tl.dot(left, tl.trans(load_tile(written, pid, tl.arange(0, M), C, M)), input_precision=PRECISION)
     met = tl.zeros([C, M], tl.float32)
     if MET:
-        met = tl.dot(tl.trans(pairs), left, input_precision=PRECISION)
+        met = columns_met(pairs, passed, left, True, PRECISION)
     for c in range(1, classes + 1):
-        here = (p * row(gates, c, left.dtype, PRECISION, C, GB, M)).to(left.dtype)
+        passed = p * row(gates, c, left.dtype, PRECISION, C, GB, M)
+        here = passed.to(left.dtype)
         A = tl.dot(here, tl.trans(written_in(gates, c, C, M)), A, input_precision=PRECISION)
         if MET:
             mine = load_tile(label, pid, tl.arange(0, M), C, M) == c
-            met = tl.where(mine, tl.dot(tl.trans(pairs), here, input_precision=PRECISION), met)
+            met = tl.where(mine, columns_met(pairs, passed, here, LINEAR, PRECISION), met)
     return up_to_own(A, C, GB).to(left.dtype), met
 
 
