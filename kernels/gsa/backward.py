@@ -51,8 +51,8 @@ def inner_kernel(
 ):  # fmt: skip
     """One chunk and kv head, GB query heads at a time: dlogits [n,H,.,R,M] by tiles; dv [B,T,H,E] inside the chunk;
     adjoint [n,H,D+E,M] and d_occupancy [n,H,M]: the gains for the reverse scan; tiles [n,H,C,M]: own, the gradient of w
-    by what tokens read of themselves; rows, sums of u times what was read before; met, the values' part of the gradient of
-    what tokens wrote; across, if LINEAR, the values' part and the first token's; z_rows, d log alpha at each row
+    by what tokens read of themselves; rows, sums of u times what was read before; met, the values' part of the gradient
+    of what tokens wrote; across, if LINEAR, the values' part and the first token's; z_rows, d log alpha at each row
     through the occupancy."""
     pid = tl.program_id(0)
     chunk, h = pid // H, pid % H
