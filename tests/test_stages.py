@@ -20,7 +20,7 @@ from t2r.modeling.configuration import CONFIG_CLASSES, preset
 from t2r.schema import LearningRates, LossConfig
 from t2r.train import engine
 from t2r.train.losses import head
-from t2r.train.parameters import group_of, parameter_groups
+from t2r.train.parameters import group_of, parameter_groups, train_offsets
 from t2r.train.stages import STAGES, Align, attention_lessons, hidden_states
 
 
@@ -223,6 +223,7 @@ def test_layers_with_kernels_are_one_graph(monkeypatch):
     sizes = SIZES | {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 64}
     gsa = preset("exact", slots=16, sinks=3).to_dict()
     student = AutoModelForCausalLM.from_config(CONFIG_CLASSES["llama"](**sizes, gsa=gsa)).train()
+    train_offsets(student)
     graphs = CompileCounter()
     for layer in student.model.layers:
         layer.compile(backend=graphs, fullgraph=True)

@@ -96,6 +96,7 @@ def compile_layers(student, teacher, kind: str) -> None:
         parts += [x for layer in teacher.model.layers for x in layer.children() if x not in mixers(teacher)]
     else:
         parts = [*student.model.layers, *(teacher.model.layers if teacher else [])]
+    torch.compiler.reset()  # what a stage before has compiled counts towards the most that one function may have
     for part in parts:
         part.compile()
 

@@ -98,10 +98,14 @@ class Offset(nn.Module):
 
 def train_offsets(student: nn.Module) -> None:
     """Make the clock's biases Offsets."""
+    classes: dict[type, type] = {}
     for module in student.modules():
         if isinstance(module, GSAttention) and module.gsa.ring:
+            source = type(module)
             for name in BIASES:
                 parametrize.register_parametrization(module, name, Offset(getattr(module, name)))
+            # torch makes a class for every module, all alike; torch.compile would make a graph for every class
+            module.__class__ = classes.setdefault(source, type(module))
 
 
 def add_adapters(student: nn.Module, lora: LoRAConfig) -> None:
