@@ -3,9 +3,9 @@
     python docs/results/memory.py QUEUE.json OUT.json SOURCE DATA VALIDATION.raw [SECONDS]
 
 QUEUE.json: a list of {"name", "prediction", "convert": options of ConvertConfig, "words": words for
-configs/smollm2-135m-exact.yaml}. DATA: folder of train-*.jsonl.zst and validation-*.jsonl.zst. Each trained model, and each
-start, is measured by its perplexity on the whole blocks of 1024 and 2048 tokens of VALIDATION.raw, in bfloat16 as the
-teacher. OUT.json is written after every experiment; those that are in it are not run again, and none is begun after SECONDS.
+configs/smollm2-135m-exact.yaml}. DATA: folder of train-*.jsonl.zst and validation-*.jsonl.zst. Each trained model is
+measured by its perplexity on the whole blocks of 1024 and 2048 tokens of VALIDATION.raw, in bfloat16 as the teacher.
+OUT.json is written after every experiment; those that are in it are not run again, and none is begun after SECONDS.
 """
 
 import gc

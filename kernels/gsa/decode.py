@@ -2,7 +2,7 @@
 
 A program is one sequence and kv head: its query heads share the memory's one trip through the chip. Float32 throughout.
 
-Shape legend: spec.py; N sequences, GP = G rounded up to a power of two.
+Shape legend: spec.py; N sequences.
 """
 
 import triton
@@ -20,17 +20,27 @@ def step_kernel(
     FORM: tl.constexpr, RING: tl.constexpr, SINKS: tl.constexpr, OCCUPANCY: tl.constexpr, SILU: tl.constexpr,
     HAS_S: tl.constexpr, HAS_SINK: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, M: tl.constexpr, G: tl.constexpr,
-    GP: tl.constexpr,
 ):  # fmt: skip
     """keys [N,H,M,D], values [N,H,M,E], occupancy [N,H,M] (bfloat16 or float32) and position [N] become those after the
     token; o [N,1,H*G,E]. positions [N]: the token's; -1 is padding, which changes nothing and reads 0."""
     n, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
-    m, d, e, g = tl.arange(0, M), tl.arange(0, BD), tl.arange(0, BE), tl.arange(0, GP)
+    m, d, e = tl.arange(0, M), tl.arange(0, BD), tl.arange(0, BE)
     key_at, in_keys = ((n * H + h) * M + m)[:, None] * D + d[None, :], (m >= 0)[:, None] & (d < D)[None, :]
     value_at, in_values = ((n * H + h) * M + m)[:, None] * E + e[None, :], (m >= 0)[:, None] & (e < E)[None, :]
+    # all that is read is asked for before anything waits: one trip to memory, not one after the other
+    here = tl.load(positions + n).to(tl.int64)
     K = tl.load(keys + key_at, mask=in_keys, other=0.0).to(tl.float32)
     V = tl.load(values + value_at, mask=in_values, other=0.0).to(tl.float32)
-    here = tl.load(positions + n).to(tl.int64)
+    new_key = tl.load(k + n * k_b + h * k_h + d, mask=d < D, other=0.0).to(tl.float32)
+    new_value = tl.load(v + n * v_b + h * v_h + e, mask=e < E, other=0.0).to(tl.float32)
+    queries, far = (), ()
+    for i in tl.static_range(G):
+        head = (h * G + i) * q_h + n * q_b + d
+        queries += (tl.load(q + head, mask=d < D, other=0.0).to(tl.float32),)
+        if HAS_SINK:
+            far += (tl.load(q_sink + head, mask=d < D, other=0.0).to(tl.float32),)
+    if OCCUPANCY:
+        z = tl.load(occupancy + (n * H + h) * M + m).to(tl.float32)
     if h == 0:
         tl.store(position + n, tl.maximum(tl.load(position + n), here + 1))
     log_alpha, weight, _x = load_gates(
@@ -40,38 +50,28 @@ def step_kernel(
     forget = tl.reshape(-expm1(log_alpha), [M])
     weight = tl.reshape(weight, [M])
 
-    K = moved(K, k + n * k_b + h * k_h, d, D, weight, forget, SILU)
+    K = moved(K, activated(new_key, SILU), weight, forget)
     tl.store(keys + key_at, K.to(keys.dtype.element_ty), mask=in_keys)
-    logits = tl.zeros([GP, M], tl.float32)
-    for i in tl.static_range(G):
-        head = (h * G + i) * q_h + n * q_b + d
-        x = activated(tl.load(q + head, mask=d < D, other=0.0).to(tl.float32), SILU)
-        row = tl.sum(K * x[None, :], axis=1)
-        if HAS_SINK:
-            x = activated(tl.load(q_sink + head, mask=d < D, other=0.0).to(tl.float32), SILU)
-            row = tl.where(m < SINKS, tl.sum(K * x[None, :], axis=1), row)
-        logits = tl.where((g == i)[:, None], row[None, :], logits)
+    V = moved(V, activated(new_value, SILU), weight, forget)
+    tl.store(values + value_at, V.to(values.dtype.element_ty), mask=in_values)
     if OCCUPANCY:
-        z = tl.load(occupancy + (n * H + h) * M + m).to(tl.float32)
         z += weight - forget * z
         tl.store(occupancy + (n * H + h) * M + m, z.to(occupancy.dtype.element_ty))
         inverse, log_z = inverse_and_log(z)
-        p = read(logits, inverse[None, :], log_z[None, :], scale) * inverse[None, :]
     else:
-        p = read(logits, 1.0, 0.0, scale)
-
-    V = moved(V, v + n * v_b + h * v_h, e, E, weight, forget, SILU)
-    tl.store(values + value_at, V.to(values.dtype.element_ty), mask=in_values)
+        inverse, log_z = 1.0, 0.0
     for i in tl.static_range(G):
-        mine = tl.sum(tl.where((g == i)[:, None], p, 0.0), axis=0)
-        y = tl.where(here >= 0, tl.sum(V * mine[:, None], axis=0), 0.0)
+        logits = tl.sum(K * activated(queries[i], SILU)[None, :], axis=1)
+        if HAS_SINK:
+            logits = tl.where(m < SINKS, tl.sum(K * activated(far[i], SILU)[None, :], axis=1), logits)
+        p = read(logits, inverse, log_z, scale) * inverse
+        y = tl.where(here >= 0, tl.sum(V * p[:, None], axis=0), 0.0)
         tl.store(o + ((n * H + h) * G + i) * E + e, y.to(o.dtype.element_ty), mask=e < E)
 
 
 @triton.jit
-def moved(S, x, d, D: tl.constexpr, weight, forget, SILU: tl.constexpr):
-    """Memory [M,BD] after a token has written x [D]."""
-    x = activated(tl.load(x + d, mask=d < D, other=0.0).to(tl.float32), SILU)
+def moved(S, x, weight, forget):
+    """Memory [M,BD] after a token has written x [BD]."""
     return S + weight[:, None] * x[None, :] - forget[:, None] * S
 
 

@@ -50,6 +50,7 @@ TILES = [
     Row(90_000, 2, 128, 32, chunk=32, rows=32, warps=2),
     Row(200_000, 2, 128, 64, chunk=32, rows=128),
     Row(160_000, 2, 256, 64, chunk=32, rows=32, warps=8),
+    Row(200_000, 2, 128, 128, chunk=32, rows=128, warps=8),
     Row(160_000, 2, 128, 128, chunk=32, rows=32, warps=8),
     Row(200_000, 2, 256, 256, chunk=16, rows=32, warps=8),
     Row(90_000, 2, 128, 64, chunk=32, rows=32, warps=4),
@@ -331,7 +332,7 @@ def gsa_step(
         H, scale, 1.0 / damping, q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2),
         FORM=form, RING=ring, SINKS=sinks, OCCUPANCY=normalised, SILU=silu, HAS_S=s is not None,
         HAS_SINK=q_sink is not None, D=D, BD=triton.next_power_of_2(D), E=E, BE=triton.next_power_of_2(E), M=M,
-        G=HQ // H, GP=triton.next_power_of_2(HQ // H), num_warps=warps,
+        G=HQ // H, num_warps=warps,
         maxnreg=128 if warps <= 8 else None,  # so that two programs fit on a multiprocessor: one reads, one computes
     )  # fmt: skip
     return o

@@ -266,8 +266,8 @@ def weights(p, passed, left, pairs, gates, MET: tl.constexpr, LINEAR: tl.constex
 
 @triton.jit
 def read(logits, inverse, log_z, scale):
-    """Softmax over slots, as spec.read_weights: logits q.K [R,M] -> its weights, which times `inverse` are the weights
-    on the slot values. log_z is in base 2."""
+    """Softmax over slots, the last axis, as spec.read_weights: logits q.K [R,M] or [M] -> its weights, which times
+    `inverse` are the weights on the slot values. log_z is in base 2."""
     y = scale * 1.4426950408889634 * logits * inverse + log_z
-    e = tl.exp2(y - tl.max(y, axis=1)[:, None])
-    return e * (1.0 / tl.sum(e, axis=1))[:, None]
+    e = tl.exp2(y - tl.max(y, axis=-1, keep_dims=True))
+    return e * (1.0 / tl.sum(e, axis=-1, keep_dims=True))

@@ -101,7 +101,7 @@ def main(out: str) -> None:
             "PRECISION": "tf32x3" if name == "fp16" else "ieee", "D": dim, "BD": padded, "E": dim, "BE": padded,
             "M": slots, "BM": min(slots, 32), "BLOCKS": slots // min(slots, 32), "C": tile.chunk, "BACKWARD": True,
             "G": groups, "GB": tile.heads,
-            "DTYPE": tl.bfloat16 if name == "bf16" else tl.float32, "BF": 8, "GP": triton.next_power_of_2(groups),
+            "DTYPE": tl.bfloat16 if name == "bf16" else tl.float32, "BF": 8,
         }  # fmt: skip
         kernels = {
             "gates": (gate_kernels.gates_kernel, 2), "logits": (gate_kernels.logits_kernel, 2),
