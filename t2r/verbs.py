@@ -46,6 +46,19 @@ def _convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shard-size", type=bytes_of, metavar="SIZE", help="of a weight file at most (default: 5GB)")
 
 
+def _slots(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC", help="hub id, local folder, GGUF file, or package:NAME")
+    parser.add_argument("--slots", type=int, default=64, metavar="N", help="on average, of a layer (default: 64)")
+    parser.add_argument("--sinks", type=int, metavar="N", help="as of `t2r convert`")
+    parser.add_argument(
+        "--text", nargs="+", default=["shipped:train"], metavar="FILE", help="what to measure on (default: t2r's own)"
+    )
+    parser.add_argument("--texts", type=int, default=4, metavar="N", help="documents of it (default: 4)")
+    parser.add_argument("--context", type=int, default=1024, metavar="T", help="tokens of each (default: 1024)")
+    parser.add_argument("--rounds", type=int, default=2, metavar="N", help="of measuring and choosing (default: 2)")
+    parser.add_argument("--device", help="for example cpu or cuda:0 (default: a GPU if there is one)")
+
+
 def _verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="OUT", help="folder that `t2r convert` wrote")
     parser.add_argument("--source", metavar="SRC", required=True, help="the model that it was converted from")
@@ -190,6 +203,15 @@ VERBS = {
         "t2r convert HuggingFaceTB/SmolLM2-135M-Instruct smollm2-gsa",
         _convert,
         "t2r.convert:convert",
+    ),
+    "slots": Verb(
+        "measure how many slots each layer needs",
+        "Cuts the attention of the source to windows, layer by layer, and measures what each costs. Prints numbers of "
+        "slots that keep more of the model than as many in each layer would, for the same memory. Takes seconds on a "
+        "GPU; for SmolLM2-135M a quarter of an hour on two CPU cores.",
+        "t2r slots HuggingFaceTB/SmolLM2-135M-Instruct --slots 64",
+        _slots,
+        "t2r.convert.allocate:slots",
     ),
     "verify": Verb(
         "prove that a converted model equals its source",

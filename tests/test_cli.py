@@ -74,6 +74,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(line, answer, capsys):
 def test_the_arguments_of_a_verb_fit_its_target(name):
     words = {
         "convert": ["src", "out"],
+        "slots": ["src", "--slots", "64", "--text", "a", "b"],
         "verify": ["out", "--source", "src"],
         "generate": ["model", "prompt"],
         "push": ["folder", "me/model"],
