@@ -2,7 +2,7 @@
 
 An exact start of M slots is its source with attention cut to a window of M tokens, sinks included (here at their true
 distance). So the source itself tells what a number of slots costs: its loss on a text with all layers in equal windows,
-and with one layer at a time in another. Numbers are then chosen that lower the loss most at the same total, and measured
+and with one layer at a time in another. Numbers are chosen that lower the loss most at the same total, and measured
 again around that choice: two layers that lose their memory together lose more than each alone.
 
 Shape legend: N texts, T tokens, W hidden size, L layers.

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from t2r.data.packing import UNLABELLED, Batch, Mixture
+from t2r.kernels.loss import Mix, implementation
 from t2r.schema import StageConfig
-from t2r.train.losses import head, wide
+from t2r.train.losses import head
 from t2r.train.sharding import Group
 from t2r.train.stages import hidden_states
 
@@ -37,9 +37,9 @@ def position_losses(model, batch: Batch, chunk: int, hidden: Tensor | None = Non
 
     hidden [B,T,W]: the model's `hidden_states`, where they are known already."""
     hidden = (hidden_states(model, batch) if hidden is None else hidden).flatten(0, 1)
-    labels, logits = batch.labels.flatten(), head(model)
+    labels, logits, losses = batch.labels.flatten(), head(model), implementation(hidden)
     parts = [
-        cross_entropy(wide(logits(x)), y, ignore_index=UNLABELLED, reduction="none")
+        losses.token_losses(logits(x), y, None, Mix(kl=0.0, ce=1.0))[1]
         for x, y in zip(hidden.split(chunk), labels.split(chunk), strict=True)
     ]
     bounds = edges(batch.labels.shape[1])
