@@ -53,7 +53,8 @@ def compare_all(settings: RunConfig, folder: Path) -> None:
     if settings.stages:
         models.append(f"trained={folder / MODEL}")
     what = settings.compare
-    compare(models, what.recipe, str(folder / REPORT), what.limit, device=settings.device, data=what.data)
+    options = {"device": settings.device, "data": what.data, "notes": tuple(what.notes)}
+    compare(models, what.recipe, str(folder / REPORT), what.limit, **options)
 
 
 def ls() -> None:

@@ -200,12 +200,14 @@ class CompareConfig:
     """The comparison that ends a run. recipe: its name or file. limit: items of each task, None: the recipe's.
     data: folder of benchmark files, which `eval:` in the recipe means.
     beside: other untrained conversions of the source to put beside the trained one.
+    notes: sentences for the report.
     """
 
     recipe: str = "quick"
     limit: int | None = None
     data: str | None = None
     beside: list[ConvertConfig] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass

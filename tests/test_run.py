@@ -32,7 +32,7 @@ device: cpu
 stages:
 - {{kind: align, lr: {{gates: 1e-3, mixer: 1e-3}}, {stage}}}
 - {{kind: distill, lr: {{body: 1e-3}}, {stage}}}
-compare: {{recipe: {folder}/recipe.yaml, beside: [{{preset: paper, slots: 16, verify: false}}]}}
+compare: {{recipe: {folder}/recipe.yaml, beside: [{{preset: paper, slots: 16, verify: false}}], notes: [Of a test.]}}
 variants: {{tiny: [stages.0.tokens=64, stages.1.tokens=64]}}
 """)
     return folder / "mine.yaml"
@@ -69,7 +69,7 @@ def test_run_goes_from_the_source_to_the_report(config, tmp_path, monkeypatch, c
         "config.yaml", "env.json", "start", "paper-16-start", "1-align", "2-distill", "model", "compare"
     }  # fmt: skip
     report = json.loads((out / "compare" / "report.json").read_text())
-    assert (out / "compare" / "report.md").exists()
+    assert "\nOf a test.\n" in (out / "compare" / "report.md").read_text()
     for label in ("teacher", "paper-16-start", "exact-start", "trained"):
         assert label in json.dumps(report)
     resolved = load(out / "config.yaml", RunConfig)

@@ -18,6 +18,7 @@ def compare(
     converted model is stored in; the original is cast to the same. data: the folder that `eval:` in the recipe means.
     batch_size: texts that are read at once, "auto": as many as fit, None: the recipe's. No score depends on it.
     log_samples: write items.jsonl too. allow_code: run code that a model wrote, for tasks that do.
+    notes: sentences for the report.
 
     Raises UserError, before any model is run, for whatever the user can mend; `out` then does not exist.
     """

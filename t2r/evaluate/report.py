@@ -172,7 +172,7 @@ def human_bytes(value: float) -> str:
 
 
 def summary(results: Results) -> str:
-    """The table for the terminal: every number of every model but those of single layers, recovery, warnings."""
+    """The table for the terminal: every number of every model but those of single layers, recovery, warnings, notes."""
     labels = list(results.models)
     rows = [["", *labels]]
     for task in results.tasks:
@@ -189,5 +189,5 @@ def summary(results: Results) -> str:
     lines = []
     for name, *cells in rows:
         lines.append(name.ljust(widths[0]) + "".join("  " + c.rjust(w) for c, w in zip(cells, widths[1:], strict=True)))
-    lines += [f"\n{warning}" for warning in results.warnings()]
+    lines += [f"\n{sentence}" for sentence in (*results.warnings(), *results.facts["notes"])]
     return "\n".join(line.rstrip() for line in lines)

@@ -49,6 +49,7 @@ class Request:
     allow_code: bool = False
     device: str | None = None
     log_samples: bool = False
+    notes: tuple[str, ...] = ()
 
 
 class Plan:
@@ -61,6 +62,7 @@ class Plan:
     def __init__(self, request: Request, on_cpu: bool) -> None:
         self.request = request
         self.recipe = load_recipe(request.recipe, request.limit, request.batch_size)
+        self.recipe.notes += request.notes
         place = Place(self.recipe.folder, check_data(request.data), on_cpu, request.allow_code)
         self.entries = open_models(list(request.models))
         self.tokenizer = common_tokenizer(self.entries)
