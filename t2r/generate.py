@@ -35,14 +35,13 @@ def generate(
 
     from t2r.convert.source import open_source
     from t2r.evaluate.efficiency import cache_bytes
+    from t2r.evaluate.models import pick_device
     from t2r.modeling.cache import SlotCacheLayer
 
     source = open_source(model)
     if source.is_quantised:
         raise UserError("a GGUF file cannot be run, only converted", where=model, next=f"t2r convert {model} OUT")
-    if device and device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"no device {device}: torch sees no GPU", where="--device", nearest="cpu", next="t2r env")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device(device)
     tokenizer = source.load_tokenizer()
     if chat is None:
         chat = bool(tokenizer.chat_template)

@@ -318,7 +318,7 @@ def test_bad_arguments_end_in_one_line(tiny_llama, converted, tmp_path, capfd, m
     refuses("convert", str(tiny_llama), str(tmp_path / "out"), "--slots", "3", message="nearest valid: 2")
     refuses("convert", str(tiny_llama), str(tmp_path / "out"), "--preset", "exat", message="nearest valid: exact")
     refuses("verify", str(tiny_llama), "--source", str(tiny_llama), message="cannot come from")
-    refuses("generate", str(converted), "x", "--device", "cuda:0", message="sees no GPU")
+    refuses("generate", str(converted), "x", "--device", "cuda:99", message="no device 'cuda:99'")
     refuses("generate", str(converted), "x", "--chat", message="no chat template")
     refuses("generate", str(converted), "x", "--top-p", "1.5", message="is no probability")
     monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 100, 0))

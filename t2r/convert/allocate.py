@@ -22,6 +22,7 @@ from t2r.convert.source import open_source
 from t2r.convert.verify import load_source
 from t2r.data.sources import resolve
 from t2r.errors import UserError
+from t2r.evaluate.models import pick_device
 from t2r.families import family_of
 from t2r.modeling.configuration import fit_layers, preset
 from t2r.train.losses import head
@@ -34,10 +35,11 @@ class Windows:
 
     def __init__(self, model, ids: Tensor, sinks: int) -> None:
         self.model, self.ids, self.sinks = model, ids, sinks
-        self.layers, self.calls, self.masks = model.model.layers, [], {}
-        with hooked(self.layers, before=lambda layer, args, kwargs: self.calls.append((args, kwargs))):
+        self.layers, self.masks, calls = model.model.layers, {}, []
+        with hooked(self.layers, before=lambda layer, args, kwargs: calls.append((args, kwargs))):
             self.full = self.loss(model.model(ids, use_cache=False).last_hidden_state, normed=True)
-        self.embedded = self.calls[0][0][0]
+        self.embedded = calls[0][0][0]
+        self.calls = [(args[1:], kwargs) for args, kwargs in calls]  # not the hidden states, one for every layer
 
     def mask(self, i: int, slots: int) -> Tensor:
         """[1,1,T,T] added to the attention's logits of layer i: what its conversion to `slots` begins with."""
@@ -53,7 +55,7 @@ class Windows:
     def read(self, i: int, x: Tensor, slots: int) -> Tensor:
         """Layer i on hidden states x [N,T,W]."""
         args, kwargs = self.calls[i]
-        y = self.layers[i](x, *args[1:], **{**kwargs, "attention_mask": self.mask(i, slots)})
+        y = self.layers[i](x, *args, **{**kwargs, "attention_mask": self.mask(i, slots)})
         return y[0] if isinstance(y, tuple) else y
 
     def loss(self, x: Tensor, normed: bool = False) -> float:
@@ -178,13 +180,13 @@ def slots(
         raise UserError(f"--slots {slots}", nearest=min(SIZES, key=lambda size: abs(size - slots)))
     if min(texts, rounds) < 1 or context <= slots:
         raise UserError("--texts and --rounds must be positive, --context more than --slots")
+    place, sinks = pick_device(device), preset("exact", slots=min(SIZES), sinks=sinks).sinks
     opened = open_source(source)
     family_of(opened.config.model_type, where=opened.path)
     ids = blocks(opened.load_tokenizer(), text, texts, context)
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = load_source(opened).to(place, torch.bfloat16 if place.type == "cuda" else torch.float32)
     with torch.inference_mode():
-        windows = Windows(model, ids.to(place), preset("exact").sinks if sinks is None else sinks)
+        windows = Windows(model, ids.to(place), sinks)
     found = allocate(windows, slots, rounds)
     full, even, uneven = (f"{math.exp(loss):.2f}" for loss in (found.full, found.even, found.uneven))
     print(f"perplexity of {ids.numel():,} tokens: {full} with full attention, {even} with {slots} slots in each layer,")

@@ -117,12 +117,17 @@ def pick_devices(device: str | None) -> list[torch.device]:
     if device is None:
         count = torch.cuda.device_count()
         return [torch.device("cuda", i) for i in range(count)] or [torch.device("cpu")]
-    for name in device.split(","):
-        try:
-            torch.zeros(1, device=name)
-        except (RuntimeError, AssertionError) as error:
-            raise UserError(f"no device {name!r}", where="--device", nearest="cpu", next="t2r env") from error
-    return [torch.device(name) for name in device.split(",")]
+    return [pick_device(name) for name in device.split(",")]
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The named device, by default a GPU if there is one. Raises UserError if it is not there."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"no device {name!r}", where="--device", nearest="cpu", next="t2r env") from error
 
 
 def pick_dtype(entries: list[Entry], dtype: str | None) -> tuple[torch.dtype, torch.dtype]:
