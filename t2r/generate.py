@@ -29,7 +29,6 @@ def generate(
         raise UserError(f"temperature {temperature} is negative", where="--temperature", nearest=0)
     if top_p is not None and not 0 < top_p <= 1:
         raise UserError(f"{top_p} is no probability", where="--top-p", nearest=0.9)
-    import torch
     from transformers import AutoModelForCausalLM, set_seed
     from transformers.cache_utils import DynamicCache
 
