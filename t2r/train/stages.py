@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
+from t2r.convert.checks import hooked
 from t2r.data.packing import Batch
 from t2r.families import FAMILIES
 from t2r.modeling.attention import GSAttention
@@ -75,12 +76,8 @@ def attention_lessons(teacher, batch: Batch) -> list[tuple[Tensor, tuple[Tensor,
     def note(module, args, kwargs, output) -> None:
         lessons.append((kwargs["hidden_states"], kwargs["position_embeddings"], output[0]))
 
-    hooks = [module.register_forward_hook(note, with_kwargs=True) for module in mixers(teacher)]
-    try:
+    with hooked(mixers(teacher), after=note):
         hidden_states(teacher, batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return lessons
 
 

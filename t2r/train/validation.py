@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from t2r.convert.checks import hooked
 from t2r.data.packing import UNLABELLED, Batch, Mixture
 from t2r.kernels.loss import Mix, implementation
 from t2r.schema import StageConfig
@@ -66,15 +67,13 @@ def validate(engine, rows: Mixture, stage: StageConfig, group: Group) -> dict:
     batches = held_out(rows, stage, group)
     engine.eval()
     student, seen = engine.module.student, []
-    hook = student.model.register_forward_hook(lambda model, args, output: seen.append(output.last_hidden_state))
     loss, sums = torch.zeros(2, dtype=torch.float64, device=group.device), 0
     for batch, weight in batches:
         batch = batch.to(group.device)
-        loss += weight * torch.stack([engine(batch)[0].double(), loss.new_ones(())])
+        with hooked([student.model], after=lambda *call: seen.append(call[-1].last_hidden_state)):
+            loss += weight * torch.stack([engine(batch)[0].double(), loss.new_ones(())])
         # align runs the mixers alone, the other stages have run the model
-        sums = sums + weight * position_losses(student, batch, stage.loss.chunk, seen[0] if seen else None)
-        seen.clear()
-    hook.remove()
+        sums = sums + weight * position_losses(student, batch, stage.loss.chunk, seen.pop() if seen else None)
     gates = look(student, batches[0][0].input_ids[:1, :LOOKED_AT].to(group.device))
     engine.train()
     if group.world > 1:
