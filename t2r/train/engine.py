@@ -92,8 +92,8 @@ def compile_layers(student, teacher, kind: str) -> None:
     """torch.compile, layer by layer, one graph for all of them; in align the student's mixers are called alone,
     and the teacher's, which are listened to, stay as they are."""
     if kind == "align":
-        parts = mixers(student)
-        parts += [x for layer in teacher.model.layers for x in layer.children() if x not in mixers(teacher)]
+        parts, heard = mixers(student), mixers(teacher)
+        parts += [x for layer in teacher.model.layers for x in layer.children() if x not in heard]
     else:
         parts = [*student.model.layers, *(teacher.model.layers if teacher else [])]
     torch.compiler.reset()  # what a stage before has compiled counts towards the most that one function may have
