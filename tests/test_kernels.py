@@ -220,7 +220,7 @@ def test_operators_are_sound():
     mine, moved, _, _ = inputs(SOFT_CLOCK, T=20)
     positions = torch.arange(20, device=DEVICE)[None]
     args = [mine[x] for x in "qkv"] + [mine["gate"], None, mine["write"], mine["keep"], mine["q_sink"], positions]
-    args += [None, None, *moved[:3], *fused.spelled(SOFT_CLOCK, 0.3), True]
+    args += [None, *moved[:3], *fused.spelled(SOFT_CLOCK, 0.3), True]
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.t2r.gsa_forward, tuple(args), test_utils=checks)
 

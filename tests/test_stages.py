@@ -1,6 +1,7 @@
 """The stages: packed documents against each alone, every family, and what is trained."""
 
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from t2r.data.packing import UNLABELLED, Batch, Mixture, Rows
 from t2r.data.tokens import Shard, Tokens
 from t2r.families import FAMILIES
+from t2r.kernels.gsa import fused
 from t2r.modeling.attention import GSAttention
 from t2r.modeling.configuration import CONFIG_CLASSES, preset
 from t2r.schema import LearningRates, LossConfig
@@ -218,19 +220,20 @@ def test_compiled_layers_have_the_same_gradients(kind):
 
 
 def test_layers_with_kernels_are_one_graph(monkeypatch):
-    """One for all layers and any number of documents, without a break."""
+    """One for all layers and any number of documents, without a break, and for both ways one table of their chunks."""
     monkeypatch.setattr("t2r.kernels.gsa.op.choose_backend", lambda *args: "triton")
     sizes = SIZES | {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 64}
     gsa = preset("exact", slots=16, sinks=3).to_dict()
     student = AutoModelForCausalLM.from_config(CONFIG_CLASSES["llama"](**sizes, gsa=gsa)).train()
     train_offsets(student)
-    graphs = CompileCounter()
+    graphs, table = CompileCounter(), Mock(wraps=fused.chunk_table, __name__="chunk_table")
+    monkeypatch.setattr(fused, "chunk_table", table)
     for layer in student.model.layers:
         layer.compile(backend=graphs, fullgraph=True)
     step = engine.Step(STAGES["lm"](replace(STAGE, kind="lm")), student, None)
     for documents in ([[9, 11]], [[5, 10, 1, 4]]):
         step(batch_of(documents))[0].backward()
-    assert graphs.frame_count == 1
+    assert graphs.frame_count == 1 and table.call_count == 2
 
 
 def gate_gradient(student, teacher, batch):

@@ -19,11 +19,17 @@ def remembered(make: Callable, cu_seqlens: Tensor, *args: int):
     """make(cu_seqlens, *args), worked out once for all layers that are given the same tensor."""
     if torch.compiler.is_compiling() or cu_seqlens.is_inference() or torch.is_inference_mode_enabled():
         return make(cu_seqlens, *args)  # inference tensors count no versions, and training could not reuse the result
+    if cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing():
+        return make(cu_seqlens, *args)  # a CUDA graph is replayed with other contents, and runs nothing of this
     known, key, result = _known.get(make.__name__, (lambda: None, None, None))
     if known() is not cu_seqlens or key != (cu_seqlens._version, *args):
         result = make(cu_seqlens, *args)
         _known[make.__name__] = weakref.ref(cu_seqlens), (cu_seqlens._version, *args), result
     return result
+
+
+def document_count(B: int, cu_seqlens: Tensor | None) -> int:
+    return B if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
 def count_positions(first: Tensor, B: int, T: int, cu_seqlens: Tensor | None) -> Tensor:

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import backward, decode, forward, gates
-from .documents import chunk_table, remembered
+from .documents import chunk_table, document_count, remembered
 from .spec import GSASpec, SlotState
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
@@ -107,15 +107,17 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, occupancy: bool, s: T
 class Launch:
     """Tile, scratch and the arguments that the kernels of one call share, by the kernels' names for them."""
 
-    def __init__(self, q, k, v, q_sink, gate, s, write, keep, positions, table, bounds, form, damping, ring, sinks,
+    def __init__(self, q, k, v, q_sink, gate, s, write, keep, positions, cu_seqlens, form, damping, ring, sinks,
                  normalised, scale, backward=False):  # fmt: skip
         B, T, HQ, D = q.shape
         H, M, E = k.shape[2], gate.shape[-1], v.shape[-1]
         self.tile = tile_for(max(D, E), M, HQ // H, q.dtype, shared_memory(q.device))
         C, self.slots = self.tile.chunk, min(M, 32)
-        self.device, self.shape, self.bounds = q.device, (H, M, D, E), bounds
+        self.device, self.shape = q.device, (H, M, D, E)
+        # here, not before the operator: of all layers that torch.compile has made, too, one works it out
+        table, self.bounds = (None, None) if cu_seqlens is None else remembered(chunk_table, cu_seqlens, T, C)
         self.chunks = B * triton.cdiv(T, C) if table is None else table.shape[0]
-        self.documents = B if table is None else bounds.shape[0] - 1
+        self.documents = document_count(B, cu_seqlens)
         self.dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
         self.args = {
             "q": q, "q_sink": q_sink, "k": k, "v": v, "gate": gate, "s": s, "write": write, "keep": keep,
@@ -198,13 +200,13 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, q_sink: Tensor | None, gate: Tensor
 @torch.library.custom_op("t2r::gsa_forward", mutates_args=())
 def gsa_forward(
     q: Tensor, k: Tensor, v: Tensor, gate: Tensor, s: Tensor | None, write: Tensor | None, keep: Tensor | None,
-    q_sink: Tensor | None, positions: Tensor | None, table: Tensor | None, bounds: Tensor | None,
+    q_sink: Tensor | None, positions: Tensor | None, cu_seqlens: Tensor | None,
     keys: Tensor | None, values: Tensor | None, occupancy: Tensor | None,
     form: str, damping: float, ring: int, sinks: int, normalised: bool, silu: bool, scale: float, final: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """o and the final memory (empty tensors unless `final`). Arguments as gsa(), the spec spelled out."""
     launch = Launch(
-        *prepare(q, k, v, q_sink, gate, s, silu), write, keep, positions, table, bounds, form, damping, ring, sinks,
+        *prepare(q, k, v, q_sink, gate, s, silu), write, keep, positions, cu_seqlens, form, damping, ring, sinks,
         normalised, scale,
     )  # fmt: skip
     end = launch.state() if final else None
@@ -216,11 +218,10 @@ def gsa_forward(
 
 
 @gsa_forward.register_fake
-def _(q, k, v, gate, s, write, keep, q_sink, positions, table, bounds, keys, values, occupancy, form, damping, ring,
+def _(q, k, v, gate, s, write, keep, q_sink, positions, cu_seqlens, keys, values, occupancy, form, damping, ring,
       sinks, normalised, silu, scale, final):  # fmt: skip
     o = torch.empty(*q.shape[:3], v.shape[-1], device=q.device, dtype=v.dtype)
-    N = q.shape[0] if bounds is None else bounds.shape[0] - 1
-    shape = (N, k.shape[2], gate.shape[-1])
+    shape = (document_count(q.shape[0], cu_seqlens), k.shape[2], gate.shape[-1])
     shapes = ((*shape, k.shape[-1]), (*shape, v.shape[-1]), shape) if final else 3 * ((0,),)
     return o, *(torch.empty(x, device=q.device, dtype=torch.float32) for x in shapes)
 
@@ -229,13 +230,13 @@ def _(q, k, v, gate, s, write, keep, q_sink, positions, table, bounds, keys, val
 def gsa_backward(
     do: Tensor, d_keys: Tensor | None, d_values: Tensor | None, d_occupancy: Tensor | None,
     q: Tensor, k: Tensor, v: Tensor, gate: Tensor, s: Tensor | None, write: Tensor | None, keep: Tensor | None,
-    q_sink: Tensor | None, positions: Tensor | None, table: Tensor | None, bounds: Tensor | None,
+    q_sink: Tensor | None, positions: Tensor | None, cu_seqlens: Tensor | None,
     keys: Tensor | None, values: Tensor | None, occupancy: Tensor | None,
     form: str, damping: float, ring: int, sinks: int, normalised: bool, silu: bool, scale: float,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of q, k, v, gate, s, write, keep, q_sink, keys, values, occupancy; empty where there was no input."""
     launch = Launch(
-        *prepare(q, k, v, q_sink, gate, s, silu), write, keep, positions, table, bounds, form, damping, ring, sinks,
+        *prepare(q, k, v, q_sink, gate, s, silu), write, keep, positions, cu_seqlens, form, damping, ring, sinks,
         normalised, scale, backward=True,
     )  # fmt: skip
     launch.write(None if keys is None else (keys, values, occupancy), None)
@@ -272,7 +273,7 @@ def gsa_backward(
 
 
 @gsa_backward.register_fake
-def _(do, d_keys, d_values, d_occupancy, q, k, v, gate, s, write, keep, q_sink, positions, table, bounds, keys, values,
+def _(do, d_keys, d_values, d_occupancy, q, k, v, gate, s, write, keep, q_sink, positions, cu_seqlens, keys, values,
       occupancy, *rest):  # fmt: skip
     like = (q, k, v, gate, s, write, keep, q_sink, keys, values, occupancy)
     return [torch.empty(0 if x is None else x.shape, device=q.device, dtype=q.dtype if x is None else x.dtype)
@@ -280,11 +281,10 @@ def _(do, d_keys, d_values, d_occupancy, q, k, v, gate, s, write, keep, q_sink, 
 
 
 INPUTS = (
-    "q", "k", "v", "gate", "s", "write", "keep", "q_sink", "positions", "table", "bounds", "keys", "values",
-    "occupancy",
+    "q", "k", "v", "gate", "s", "write", "keep", "q_sink", "positions", "cu_seqlens", "keys", "values", "occupancy",
 )  # fmt: skip
 # in the order in which gsa_backward returns their gradients
-DIFFERENTIABLE = [name for name in INPUTS if name not in ("positions", "table", "bounds")]
+DIFFERENTIABLE = [name for name in INPUTS if name not in ("positions", "cu_seqlens")]
 
 
 def setup_context(ctx, inputs, output) -> None:
@@ -300,8 +300,7 @@ def gradient(ctx, do, d_keys, d_values, d_occupancy):
         do = q.new_zeros(*q.shape[:3], v.shape[-1])
     state = (None, None, None)
     if ctx.final:
-        N = q.shape[0] if given["bounds"] is None else given["bounds"].shape[0] - 1
-        shape = (N, k.shape[2], given["gate"].shape[-1])
+        shape = (document_count(q.shape[0], given["cu_seqlens"]), k.shape[2], given["gate"].shape[-1])
         shapes = ((*shape, k.shape[-1]), (*shape, v.shape[-1]), shape)
         state = [
             q.new_zeros(x, dtype=torch.float32) if d is None else d
@@ -356,13 +355,8 @@ def fused(
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:  # fmt: skip
     """gsa() by the kernels: o and, if asked, the final (keys, values, occupancy)."""
     memory = (None, None, None) if state is None else tuple(x.float().contiguous() for x in state[:3])
-    table, bounds = None, None
-    if cu_seqlens is not None:
-        dim, groups = max(k.shape[-1], v.shape[-1]), q.shape[2] // k.shape[2]
-        tile = tile_for(dim, gate.shape[-1], groups, q.dtype, shared_memory(q.device))
-        table, bounds = remembered(chunk_table, cu_seqlens, q.shape[1], tile.chunk)
     o, *end = gsa_forward(
-        q, k, v, gate, s, write, keep, q_sink, positions, table, bounds, *memory, *spelled(spec, scale), final
+        q, k, v, gate, s, write, keep, q_sink, positions, cu_seqlens, *memory, *spelled(spec, scale), final
     )
     return o, tuple(end) if final else None
 

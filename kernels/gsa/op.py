@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from .chunked import chunked
-from .documents import count_positions, end_positions
+from .documents import count_positions, document_count, end_positions
 from .reference import recurrence
 from .spec import GSASpec, SlotState, gates
 
@@ -62,7 +62,7 @@ def gsa(
     (B, T, HQ, D), (H, M), E = q.shape, gate.shape[2:], v.shape[-1]
     backend = choose_backend(backend, q, k, v, gate, spec, s)
     dtype = torch.promote_types(q.dtype, torch.float32)
-    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    N = document_count(B, cu_seqlens)
     state = initial_state
     step = backend == "triton" and T == 1 and cu_seqlens is None and output_final_state and not torch.is_grad_enabled()
     counted = backend != "triton" or spec.ring or output_final_state
@@ -164,7 +164,7 @@ def chunk_gsa(
         g, s = abc_gates(s, cu_seqlens)
     state = None
     if initial_state is not None:
-        N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        N = document_count(q.shape[0], cu_seqlens)
         dtype = torch.promote_types(q.dtype, torch.float32)
         state = SlotState.empty(N, k.shape[2], s.shape[-1], k.shape[-1], v.shape[-1], q.device, dtype)
         keys, values = initial_state
@@ -212,7 +212,7 @@ def check(q, k, v, gate, spec, write, keep, s, q_sink, positions, cu_seqlens, st
     H, M, E = k.shape[2], gate.shape[-1], v.shape[-1]
     if HQ % H:
         raise ValueError(f"{HQ} query heads cannot share {H} kv heads evenly")
-    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    N = document_count(B, cu_seqlens)
     if cu_seqlens is not None and B != 1:
         raise ValueError(f"cu_seqlens needs one packed row (B = 1), got B = {B}")
     if T == 0:
