@@ -211,6 +211,7 @@ def test_compiled_layers_have_the_same_gradients(kind):
         step = engine.Step(STAGES[kind](replace(STAGE, kind=kind)), student, teacher)
         if on:
             engine.compile_layers(student, teacher, kind)
+            assert all(any(x._compiled_call_impl for x in layer.modules()) for layer in student.model.layers)
         for documents in (PACKED, [[15, 25], [40]]):
             step(batch_of(documents))[0].backward()
         gradients.append([p.grad for p in student.parameters() if p.grad is not None])
