@@ -14,7 +14,7 @@ from typing import Literal, TypeVar
 from t2r.errors import UserError, nearest
 
 Schema = TypeVar("Schema")
-FOLDERS = ("configs", "recipes")
+FOLDERS = {"configs": "configuration", "recipes": "recipe"}  # what each holds
 
 
 def shipped(kind: str) -> dict[str, str]:
@@ -27,16 +27,17 @@ def shipped(kind: str) -> dict[str, str]:
     return found
 
 
-def find(name_or_path: str | Path) -> Path:
-    """The file of a configuration: a path, or the name of a shipped one. Raises UserError with the nearest name."""
+def find(name_or_path: str | Path, folders: Iterable[str] = FOLDERS) -> Path:
+    """A file of one of `folders`: a path, or the name of a shipped one. Raises UserError with the nearest name."""
     path = Path(name_or_path).expanduser()
     if path.is_file():
         return path
-    names = {name: folder for folder in FOLDERS for name in shipped(folder)}
+    names = {name: folder for folder in folders for name in shipped(folder)}
     if str(name_or_path) in names:
         return Path(str(files(f"t2r.{names[str(name_or_path)]}") / f"{name_or_path}.yaml"))
+    wanted = " or ".join(FOLDERS[folder] for folder in folders)
     raise UserError(
-        f"no configuration {str(name_or_path)!r}: neither a file nor the name of a shipped one",
+        f"no {wanted} {str(name_or_path)!r}: neither a file nor the name of a shipped one",
         nearest=nearest(path.stem, names) or ", ".join(names) or None,
         next="t2r ls",
     )

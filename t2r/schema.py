@@ -235,11 +235,11 @@ class RunConfig:
 
 def load_run(name_or_path: str | Path, overrides: Sequence[str] = (), variant: str | None = None) -> RunConfig:
     """`load` a RunConfig with the words of a `variant` of its own before the overrides, and `check` it."""
-    words = []
+    path, words = find(name_or_path, ["configs"]), []
     if variant:
-        words = load(name_or_path, RunConfig).variants.get(variant, [])
-    config = load(name_or_path, RunConfig, [*words, *overrides])
-    check(config, where=find(name_or_path))
+        words = load(path, RunConfig).variants.get(variant, [])
+    config = load(path, RunConfig, [*words, *overrides])
+    check(config, where=path)
     return config
 
 

@@ -102,7 +102,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(config, tmp_path, capsys):
     held = ["stages.0.validation_tokens=64", "data.held_out=1e-9"]
     refuses("data.held_out is 1e-09, which holds out none of the data's documents (20)", config, *held)
     refuses("no such folder or file: /none", config, "source=/none")
-    refuses("no configuration 'quik'", config, "compare.recipe=quik")
+    refuses("no recipe 'quik'", config, "compare.recipe=quik")
+    refuses("no configuration 'quick': neither", "quick")
     if not torch.cuda.is_available():
         refuses("device is cuda, but torch sees no GPU; nearest valid: device=cpu", config, "device=cuda")
 
@@ -132,7 +133,7 @@ def test_cp_copies_what_ships_and_never_over_a_file(tmp_path, capsys):
     assert load(mine, RunConfig) == load("quickstart", RunConfig)
     assert f"{mine} already exists; nearest valid: {tmp_path / 'mine-2.yaml'}" in refused(capsys, "cp", "quick", mine)
     assert main(["cp", "quick", str(tmp_path)]) == 0 and (tmp_path / "quick.yaml").exists()
-    assert "no configuration 'quck'" in refused(capsys, "cp", "quck", tmp_path / "x.yaml")
+    assert "no configuration or recipe 'quck'" in refused(capsys, "cp", "quck", tmp_path / "x.yaml")
     assert "cannot write: No such file or directory" in refused(capsys, "cp", "quick", tmp_path / "none" / "x.yaml")
 
 

@@ -83,8 +83,8 @@ class Recipe:
 def load_recipe(name_or_path: str | Path, limit: int | None = None, batch_size: int | str | None = None) -> Recipe:
     """The recipe of a YAML file or a shipped name, each task with at most `limit` items and, where it reads in batches,
     `batch_size` texts at once: a number, "auto", None for the recipe's own. Raises UserError."""
-    path = config.find(name_or_path)
-    raw = config.load(name_or_path, RecipeFile)
+    path = config.find(name_or_path, ["recipes"])
+    raw = config.load(path, RecipeFile)
     recipe = Recipe(path.stem, path.parent, ablation=raw.ablation)
     if not raw.tasks:
         raise UserError("no tasks", where=path, nearest=", ".join(KINDS))

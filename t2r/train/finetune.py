@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from t2r.config import load, save
+from t2r.config import find, load, save
 from t2r.convert import convert
 from t2r.convert.source import Source, open_source
 from t2r.convert.verify import load_source
@@ -75,7 +75,8 @@ def finetune(
 
 def resolve_run(config: str, overrides: Sequence[str]) -> RunConfig:
     """The config as it will run here: variant and device chosen, data, source and packages found. Raises UserError."""
-    settings = with_device(load_run(config, overrides, choose_variant(config, overrides)))
+    path = find(config, ["configs"])
+    settings = with_device(load_run(path, overrides, choose_variant(path, overrides)))
     teacher_source(settings.source)
     if settings.stages:
         check_data(settings)
@@ -90,7 +91,7 @@ def resolve_run(config: str, overrides: Sequence[str]) -> RunConfig:
     return replace(settings, variants={})
 
 
-def choose_variant(config: str, overrides: Sequence[str]) -> str | None:
+def choose_variant(config: Path, overrides: Sequence[str]) -> str | None:
     """tiny where the environment asks for it, gpu where one is used."""
     if os.environ.get("DEMO_TINY") == "1":
         return "tiny"

@@ -173,7 +173,7 @@ def test_limit(folders, tmp_path, recipe):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"recipe": "quik"}, "no configuration 'quik'.*nearest valid: quick"),
+        ({"recipe": "quik"}, "no recipe 'quik'.*nearest valid: quick"),
         ({"tasks": [{"kind": "perplexty"}]}, "tasks.0: unknown kind 'perplexty'.*nearest valid: perplexity"),
         ({"tasks": [{"name": "p"}]}, "tasks.0: no kind"),
         ({"tasks": []}, "no tasks"),
