@@ -96,6 +96,7 @@ def test_a_hybrid_is_verified_and_describes_itself(gemma, tmp_path, capsys):
         (["--keep-softmax", "0-"], "'0-' is no layer"),
         (["--keep-softmax", "0-3"], "every layer would keep softmax"),
         (["--layer-slots", "1"], "layers 1 have no number of slots.*1=64"),
+        (["--layer-slots", "0:12"], "'0:12' is no layer"),
         (["--layer-slots", "1=x"], "'x' is no number of slots"),
         (["--layer-slots", "1=3"], "3 slots are too few in layer 1"),
         (["--layer-slots", "1=8", "--keep-softmax", "1"], "layer 1 keeps softmax attention"),

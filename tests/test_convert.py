@@ -317,7 +317,7 @@ def test_bad_arguments_end_in_one_line(tiny_llama, converted, tmp_path, capfd, m
     refuses("convert", str(converted), str(tmp_path / "out"), message="converted model already")
     refuses("convert", str(tiny_llama), str(tmp_path / "out"), "--slots", "3", message="nearest valid: 2")
     refuses("convert", str(tiny_llama), str(tmp_path / "out"), "--preset", "exat", message="nearest valid: exact")
-    refuses("verify", str(tiny_llama), "--source", str(tiny_llama), message="cannot come from")
+    refuses("verify", str(tiny_llama), "--source", str(tiny_llama), message="a llama model, not a converted one")
     refuses("generate", str(converted), "x", "--device", "cuda:99", message="no device 'cuda:99'")
     refuses("generate", str(converted), "x", "--chat", message="no chat template")
     refuses("generate", str(converted), "x", "--top-p", "1.5", message="is no probability")

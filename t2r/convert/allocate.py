@@ -177,7 +177,10 @@ def slots(
     rounds: of measuring; each after the first tries the neighbours of the sizes chosen before. Raises UserError.
     """
     if slots not in SIZES:
-        raise UserError(f"--slots {slots}", nearest=min(SIZES, key=lambda size: abs(size - slots)))
+        sizes = ", ".join(map(str, SIZES))
+        raise UserError(
+            f"--slots {slots}: layers get one of {sizes} each", nearest=min(SIZES, key=lambda size: abs(size - slots))
+        )
     if min(texts, rounds) < 1 or context <= slots:
         raise UserError("--texts and --rounds must be positive, --context more than --slots")
     place, sinks = pick_device(device), preset("exact", slots=min(SIZES), sinks=sinks).sinks

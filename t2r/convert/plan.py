@@ -233,7 +233,7 @@ def layer_numbers(text: str, layers: int, where: str) -> dict[int, int]:
         if equals:
             numbers |= dict.fromkeys(layer_indices(left, layers, where), int(number))
             left = ""
-    if left:
+    if layer_indices(left, layers, where):
         raise UserError(f"layers {left} have no number of slots", where=where, nearest=f"{left}=64")
     return numbers
 

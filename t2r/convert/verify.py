@@ -84,6 +84,9 @@ def verify(model: str | Path, source: str, by_layer: bool | None = None) -> Repo
     kind = opened.config.model_type
     gsa_type = kind if opened.is_foreign else family_of(kind, where=opened.path).gsa_model_type
     if converted.config.model_type != gsa_type:
+        if not converted.config.model_type.startswith("gsa_"):
+            what = f"this is a {converted.config.model_type} model, not a converted one"
+            raise UserError(what, where=model, next=f"t2r convert {model} OUT")
         raise UserError(
             f"a {converted.config.model_type} model cannot come from a {opened.config.model_type} model", where=model
         )
