@@ -90,14 +90,15 @@ def test_a_killed_run_goes_on_bit_for_bit(long, stages, start, tmp_path):
     assert equals(out, straight), (step, delay)
 
 
-def test_sigterm_saves_a_checkpoint_and_ends_the_run(long, stages, start, tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_a_checkpoint_and_ends_the_run(number, code, long, stages, start, tmp_path, monkeypatch, capfd):
     words, straight = long
     out = tmp_path / "run"
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        at_step(5, patch, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        at_step(5, patch, lambda: os.kill(os.getpid(), number))
         finetune.finetune(str(stages), words, str(start), str(out))
-    assert stopped.value.code == 143
-    assert "stopped by SIGTERM after step 5/40; the same command goes on from it" in capfd.readouterr().err
+    assert stopped.value.code == code
+    assert f"stopped by {number.name} after step 5/40; the same command goes on from it" in capfd.readouterr().err
     assert {p.name for p in (out / "1-lm").iterdir()} == {"metrics.jsonl", "teacher.json", "step-000003", "step-000005"}
     finetune.finetune(str(stages), words, str(start), str(out))
     assert equals(out, straight)

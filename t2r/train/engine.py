@@ -5,6 +5,7 @@ nothing had happened.
 """
 
 import signal
+import threading
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -64,22 +65,22 @@ class Step(nn.Module):
 
 
 class Interrupt:
-    """Context manager that remembers SIGTERM in place of dying from it, for the loop to end at the next step."""
+    """Context manager that remembers SIGTERM or one Ctrl-C in place of dying from it, for the loop to end at the next
+    step. A second Ctrl-C ends it at once. requested: the signal's number, 0 while there was none."""
 
     def __enter__(self) -> "Interrupt":
-        self.requested = False
-        try:
-            self.before = signal.signal(signal.SIGTERM, self.note)
-        except ValueError:  # not the main thread: signals are not ours
-            self.before = None
+        self.requested, self.before = 0, {}
+        if threading.current_thread() is threading.main_thread():  # else signals are not ours
+            self.before = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def note(self, number, frame) -> None:
-        self.requested = True
+        self.requested = number
+        signal.signal(signal.SIGINT, self.before[signal.SIGINT])
 
     def __exit__(self, *error) -> None:
-        if self.before is not None:
-            signal.signal(signal.SIGTERM, self.before)
+        for number, before in self.before.items():
+            signal.signal(number, before)
 
 
 def recompute_layers(student) -> None:
@@ -143,7 +144,8 @@ def train(
     teacher: a causal LM on the group's device in the stage's dtype, or None if the stage needs none. teacher_ppl: its
         perplexities on the validation rows.
     Raises UserError when the loss stays non-finite, the disk is full, the data cannot be read, another process is gone,
-    or a checkpoint belongs to another model; SystemExit 143 after SIGTERM, with a checkpoint of the last step.
+    or a checkpoint belongs to another model; SystemExit 143 after SIGTERM and 130 after Ctrl-C, with a checkpoint of
+    the last step.
     """
     newest = newest_checkpoint(out)
     if newest and step_of(newest) >= stage.steps:
@@ -211,9 +213,11 @@ def train(
                 if last and log:
                     plot(out)
                 if stopping:
+                    number = signal.Signals(interrupt.requested or signal.SIGTERM)  # 0: another process was told
                     if log:
-                        log.say(f"stopped by SIGTERM after step {done}/{stage.steps}; the same command goes on from it")
-                    raise SystemExit(128 + signal.SIGTERM)
+                        what = f"stopped by {number.name} after step {done}/{stage.steps}"
+                        log.say(f"{what}; the same command goes on from it")
+                    raise SystemExit(128 + number)
     except RuntimeError as error:
         if not from_a_peer(error):
             raise
@@ -244,7 +248,7 @@ def optimizer_step(
     # filled on the device: a tensor made from a number would be copied there, and waited for
     norm, stop = (
         total.new_full((1,), float(x)) if not isinstance(x, Tensor) else x.float().view(1).to(total.device)
-        for x in (engine.get_global_grad_norm(), interrupt.requested)
+        for x in (engine.get_global_grad_norm(), interrupt.requested > 0)
     )
     total = torch.cat([total, norm, stop])
     if group.world > 1:
