@@ -34,7 +34,7 @@ demo: export HF_HUB_OFFLINE := 1
 demo: install
 	rm -rf $(RUNS)/demo
 	$(PYTHON) -m t2r run quickstart --out $(RUNS)/demo
-	@echo "The report: $(RUNS)/demo/compare/report.md"
+	@echo "The report: $(RUNS)/demo/compare/report.html, or report.md beside it"
 
 $(PYTHON):
 	set -e; for python in python3 python3.13 python3.12 python3.11; do \
