@@ -102,7 +102,7 @@ def family_of(model_type: str, where: object = None) -> Family:
         raise UserError(
             f"{model_type} is a converted model already",
             where=where,
-            next="t2r generate MODEL",
+            next=f"t2r generate {where or 'MODEL'}",
         )
     if model_type in REFUSED:
         raise UserError(f"cannot convert architecture {model_type!r}: {REFUSED[model_type]}", where=where)

@@ -314,7 +314,7 @@ def test_bad_arguments_end_in_one_line(tiny_llama, converted, tmp_path, capfd, m
         assert message in err and err.count("\n") == 1, err
 
     refuses("convert", str(tiny_llama), str(converted), message="already exists; try: `t2r convert SRC")
-    refuses("convert", str(converted), str(tmp_path / "out"), message="converted model already")
+    refuses("convert", str(converted), str(tmp_path / "out"), message=f"try: `t2r generate {converted}`")
     refuses("convert", str(tiny_llama), str(tmp_path / "out"), "--slots", "3", message="nearest valid: 2")
     refuses("convert", str(tiny_llama), str(tmp_path / "out"), "--preset", "exat", message="nearest valid: exact")
     refuses("verify", str(tiny_llama), "--source", str(tiny_llama), message="a llama model, not a converted one")
