@@ -154,7 +154,8 @@ def test_a_deepspeed_file_of_the_user_s_own(file, tmp_path):
 
 
 def test_a_missing_file_names_the_nearest_shipped_one():
-    with pytest.raises(UserError, match="no configuration 'quikstart'.*nearest valid: quickstart; try: `t2r ls`"):
+    message = "no configuration or recipe 'quikstart'.*nearest valid: quickstart; try: `t2r ls`"
+    with pytest.raises(UserError, match=message):
         find("quikstart")
 
 
