@@ -108,7 +108,7 @@ def describe(plan, original: str) -> str:
         return f"{original}, a model with **Gated Slot Attention** of flash-linear-attention, in t2r's format: {slots}."
     kind = KINDS[plan.preset]
     if plan.gsa.long_slots:
-        kind += ", were it not for its long slots, which start as slow averages of the text"
+        kind += ", were it not for its long slots: they hold tokens that a router has picked"
     return (
         f"{original} with **Gated Slot Attention** in place of softmax attention: {slots}, where the key-value cache "
         f"of the same layers grew by {plan.cache_bytes_per_token / 1e3:.1f} KB a token.\n\n{kind}."

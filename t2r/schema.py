@@ -17,6 +17,8 @@ class ConvertConfig:
     """How the source becomes a GSA model: the options of `t2r convert`. None: the preset exact (of a source that
     has slots already its own), the preset's slots and sinks, the source's dtype.
     layer_slots: slots of single layers, such as "0-3=128,9=256". keep_softmax: layers that stay, such as "0,8-11".
+    long_slots: of the slots, for tokens that a router picks; long_share: of a text's tokens that it picks; long_text:
+    as DataConfig.train, the text on which it learns from the source which ones are read from far away.
     verify: prove the result before training it.
     """
 
@@ -25,6 +27,8 @@ class ConvertConfig:
     sinks: int | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     long_slots: int = 0
+    long_share: float = 0.125
+    long_text: list[str] = field(default_factory=lambda: ["shipped:train"])
     layer_slots: str = ""
     keep_softmax: str = ""
     verify: bool = True
@@ -44,8 +48,9 @@ class ConvertConfig:
 class LearningRates:
     """Peak learning rate of each group of parameters; 0 freezes the group.
 
-    gates: what GSA adds to decide on writing (f_proj, write, keep). mixer: the q, k, v, o projections and g_norm.
-    body: everything else (embeddings, MLPs, norms, head).
+    gates: what GSA adds to decide on writing (f_proj, write, keep). router: what decides which tokens long slots hold;
+        it is fitted at conversion, and was worth less when it was trained on (docs/LOG.md).
+    mixer: the q, k, v, o projections and g_norm. body: everything else (embeddings, MLPs, norms, head).
     named: rates for names of tensors, which may be patterns (model.layers.0.*, *norm.weight); the first that fits
         goes before the groups.
     """
@@ -53,6 +58,7 @@ class LearningRates:
     gates: float = 0.0
     mixer: float = 0.0
     body: float = 0.0
+    router: float = 0.0
     named: dict[str, float] = field(default_factory=dict)
 
 
@@ -297,7 +303,7 @@ def check_stage(stage: StageConfig, config: RunConfig, key: str, wrong: Callable
 
 
 def check_rates(stage: StageConfig, key: str, wrong: Callable[..., NoReturn]) -> None:
-    rates = {name: getattr(stage.lr, name) for name in ("gates", "mixer", "body")}
+    rates = {name: getattr(stage.lr, name) for name in ("gates", "router", "mixer", "body")}
     for name, rate in [*rates.items(), *((f"named.{name}", rate) for name, rate in stage.lr.named.items())]:
         if not 0 <= rate <= LARGEST_LR:
             wrong(f"{key}.lr.{name}", f"is {rate}", f"0 to {LARGEST_LR:g}")

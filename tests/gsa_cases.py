@@ -35,7 +35,12 @@ def draw(spec, B, T, H, G, D, M, dtype=torch.float64, documents=None, seed=0):
     state = [occupancy[..., None] * randn(N, H, M, D), occupancy[..., None] * randn(N, H, M, D), occupancy]
     args = {name: x.requires_grad_() for name, x in args.items()}
     position = torch.randint(0, 50, (N,), generator=generator)
-    return args, SlotState(*(x.requires_grad_() for x in state), position)
+    routed = torch.zeros(N, H, dtype=torch.int64)
+    if spec.gate == "linear" and spec.ring < M:
+        args["route"] = randn(B, T, H).requires_grad_()
+        most = (position - spec.sinks).clamp(min=0)[:, None]
+        routed = torch.randint(0, 50, (N, H), generator=generator).clamp(max=most)
+    return args, SlotState(*(x.requires_grad_() for x in state), position, routed)
 
 
 def results(args, state, spec, backend, scale=0.3, **kwargs):

@@ -126,6 +126,8 @@ def test_options_reach_the_target_by_keyword():
         "long_slots": 0,
         "layer_slots": "",
         "keep_softmax": "",
+        "long_share": 0.125,
+        "long_text": ["shipped:train"],
     }
 
 

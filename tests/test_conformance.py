@@ -79,14 +79,14 @@ def test_a_hybrid_is_verified_and_describes_itself(gemma, tmp_path, capsys):
     for extra in (["--dry-run"], []):
         assert main(["convert", str(gemma), str(tmp_path / "out"), *HYBRID, *extra]) == 0
     printed = capsys.readouterr().out
-    assert "20 to 24 slots, 3 sinks, 4 of them long, softmax kept in 2 of 4 layers" in printed
+    assert "16 to 20 slots, 4 of them long, 3 sinks, softmax kept in 2 of 4 layers" in printed
     assert printed.count("\nok ") == 10 and "\nverified\n" in printed
     assert main(["verify", str(tmp_path / "out"), "--source", str(gemma), "--by-layer"]) == 0
     card = (tmp_path / "out/README.md").read_text()
     assert "softmax kept in 2 of 4 layers. The slots of a sequence" in card and "were it not for its long slots" in card
     record = json.loads((tmp_path / "out/config.json").read_text())["gsa"]
-    assert record["softmax_layers"] == [1, 2] and record["slots"] == 20 and record["ring"] == 16
-    assert record["layers"] == {"0": {"ring": 20, "sinks": 0, "slots": 24, "sink_distance": None}}
+    assert record["softmax_layers"] == [1, 2] and record["slots"] == 16 and record["ring"] == 12
+    assert record["layers"] == {"0": {"ring": 20, "sinks": 0, "slots": 20, "sink_distance": None}}
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ def test_chunked_equals_recurrence(spec, T, G, M, dtype):
     expected = results(args, state, spec, "reference")
     args, state = draw(spec, B=2, T=T, H=2, G=G, D=8, M=M, dtype=torch.float64)
     cast = {name: x.detach().to(dtype).requires_grad_() for name, x in args.items()}
-    state = SlotState(*(x.detach().to(dtype).requires_grad_() for x in state[:3]), state.position)
+    state = SlotState(*(x.detach().to(dtype).requires_grad_() for x in state[:3]), *state[3:])
     assert_same(results(cast, state, spec, "torch"), expected, TOLERANCE[dtype])
 
 
@@ -141,7 +141,7 @@ def test_mixed_extreme_gates(spec):
         args["gate"].copy_(picked.clamp(max=0) / 8 if spec.gate == "log_alpha" else picked)
     expected = results(args, state, spec, "reference")
     cast = {name: x.detach().float().requires_grad_() for name, x in args.items()}
-    state = SlotState(*(x.detach().float().requires_grad_() for x in state[:3]), state.position)
+    state = SlotState(*(x.detach().float().requires_grad_() for x in state[:3]), *state[3:])
     assert_same(results(cast, state, spec, "torch"), expected, 5e-5)
 
 
@@ -223,7 +223,7 @@ def test_gradcheck(backend):
 
     def f(*leaves):
         final_args = dict(zip(names, leaves[:-3], strict=True))
-        initial = SlotState(*leaves[-3:], state.position)
+        initial = SlotState(*leaves[-3:], *state[3:])
         o, final = gsa(
             **final_args, spec=spec, scale=0.3, initial_state=initial, output_final_state=True, backend=backend
         )
@@ -340,6 +340,7 @@ BAD = {
     "write and keep belong": {"write": torch.ones(2, 16)},
     "ready made": {"spec": GSASpec(gate="log_alpha", ring=8), "write": torch.ones(2, 16), "keep": torch.ones(2, 16)},
     "q_sink is read by sink slots only": {"q_sink": torch.zeros(1, 5, 4, 8)},
+    "route needs a ring": {"route": torch.zeros(1, 5, 2)},
     "positions must have shape": {"positions": torch.zeros(5)},
     "one packed row": {"q": torch.zeros(2, 5, 4, 8), "cu_seqlens": torch.tensor([0, 5])},
     "no token": {"q": torch.zeros(1, 0, 4, 8)},
@@ -368,6 +369,6 @@ def test_chunked_on_a_gpu(spec, T, M):
     args, state = draw(spec, B=2, T=T, H=2, G=3, D=64, M=M)
     expected = results(args, state, spec, "reference")
     moved = {name: x.detach().float().cuda().requires_grad_() for name, x in args.items()}
-    state = SlotState(*(x.detach().float().cuda().requires_grad_() for x in state[:3]), state.position.cuda())
+    state = SlotState(*(x.detach().float().cuda().requires_grad_() for x in state[:3]), *(x.cuda() for x in state[3:]))
     got = {name: x.cpu() for name, x in results(moved, state, spec, "torch").items()}
     assert_same(got, expected, 2e-5)

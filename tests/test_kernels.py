@@ -32,8 +32,9 @@ def inputs(spec, dtype=torch.float32, **shape):
     rows = {name: x.detach().to(dtype) if name[0] in "qkv" else x.detach().float() for name, x in args.items()}
     mine = {name: x.to(DEVICE).requires_grad_() for name, x in rows.items()}
     exact = {name: x.double().requires_grad_() for name, x in rows.items()}
-    moved = SlotState(*(x.detach().float().to(DEVICE).requires_grad_() for x in state[:3]), state.position.to(DEVICE))
-    state = SlotState(*(x.detach().cpu().double().requires_grad_() for x in moved[:3]), state.position)
+    state = [x.detach().float().to(DEVICE) for x in state[:3]] + [x.to(DEVICE) for x in state[3:]]
+    moved = SlotState(*(x.requires_grad_() for x in state[:3]), *state[3:])
+    state = SlotState(*(x.detach().cpu().double().requires_grad_() for x in moved[:3]), *(x.cpu() for x in state[3:]))
     return mine, moved, exact, state
 
 
@@ -219,7 +220,7 @@ def test_operators_are_sound():
     """torch's own checks of an operator: schema, fake tensors, autograd registration."""
     mine, moved, _, _ = inputs(SOFT_CLOCK, T=20)
     positions = torch.arange(20, device=DEVICE)[None]
-    args = [mine[x] for x in "qkv"] + [mine["gate"], None, mine["write"], mine["keep"], mine["q_sink"], positions]
+    args = [mine[x] for x in "qkv"] + [mine["gate"], None, mine["write"], mine["keep"], mine["q_sink"], None, positions]
     args += [None, *moved[:3], *fused.spelled(SOFT_CLOCK, 0.3), True]
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.t2r.gsa_forward, tuple(args), test_utils=checks)
@@ -383,7 +384,7 @@ def test_a_long_text_on_a_gpu(spec):
     """65,536 tokens against the PyTorch form in float64; and twice the same bits."""
     mine, moved, exact, state = inputs(spec, torch.bfloat16, T=65536, G=4, D=128, M=64)
     exact = {name: x.detach().cuda().requires_grad_() for name, x in exact.items()}
-    state = SlotState(*(x.detach().cuda().requires_grad_() for x in state[:3]), moved.position)
+    state = SlotState(*(x.detach().cuda().requires_grad_() for x in state[:3]), *moved[3:])
     got = results(mine, moved, spec, "triton", scale=128**-0.5)
     assert_same(got, results(exact, state, spec, "torch", scale=128**-0.5), TOLERANCE[torch.bfloat16])
     again = results(mine, moved, spec, "triton", scale=128**-0.5)

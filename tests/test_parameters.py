@@ -44,6 +44,15 @@ def test_groups_of_parameters():
         assert parameter.requires_grad == (name in inside)
 
 
+def test_a_router_is_trained_where_it_is_asked_for():
+    student = student_model(slots=21)
+    train_offsets(student)
+    for rate in (0.0, 1e-4):
+        groups = parameter_groups(student, replace(STAGE, lr=LearningRates(gates=1e-3, router=rate)))
+        found = {g["name"]: (len(g["params"]), g["peak"], g["weight_decay"]) for g in groups}
+        assert found == {"gates": (6, 1e-3, 0.0)} | ({"router": (4, rate, 0.0)} if rate else {})
+
+
 def test_named_groups_come_before_the_others():
     rates = LearningRates(3e-3, 1e-3, 1e-4, named={"model.layers.0.*": 0.0, "*.write": 5e-3, "lm_head.weight": 2e-4})
     student = student_model()

@@ -90,16 +90,17 @@ def test_attention_within_a_window_reads_no_more(mistral):
 
 
 def test_a_plan_counts_the_layers_of_the_conversion(mistral):
-    """Long slots are more gates; a layer that keeps softmax has none."""
+    """Long slots ask for a router; a layer that keeps softmax has no gates."""
     gates = 4096 * 8  # of a slot, in one layer
     biases = 2 * 8
-    for options, slots in (
-        ([], 32 * 64),
-        (["convert.long_slots=16"], 32 * 80),
-        (["convert.keep_softmax=0-7"], 24 * 64),
-        (["convert.layer_slots=0=96"], 31 * 64 + 96),
+    for options, slots, routers in (
+        (["convert.long_slots=0"], 32 * 64, 0),
+        (["convert.long_slots=16"], 32 * 64, 32),
+        (["convert.long_slots=0", "convert.keep_softmax=0-7"], 24 * 64, 0),
+        (["convert.long_slots=0", "convert.layer_slots=0=96"], 31 * 64 + 96, 0),
     ):
-        assert plan("mistral-7b-exact-700m", [mistral, *options]).new == slots * (gates + biases)
+        new = plan("mistral-7b-exact-700m", [mistral, *options]).new
+        assert new == slots * (gates + biases) + routers * (gates + 8)
 
 
 def test_what_is_split_off_takes_less_memory(mistral):

@@ -1,4 +1,5 @@
-"""Recipes on five models: the original, the paper start, the exact start with 64 and 128 slots, and a hybrid.
+"""Recipes on six models: the original, the paper start, the exact start with 64 and 128 slots, a hybrid, and 64 slots
+of which a router fills half.
 
 python docs/results/recipes.py TEACHER OUT [RECIPE ...] [--minutes 9] [--data DIR --dtype bfloat16 ...]
 
@@ -34,6 +35,7 @@ def run() -> int:
         "exact-64": ["--slots", "64"],
         "exact-128": ["--slots", "128"],
         "hybrid": ["--slots", "64", "--keep-softmax", every_third],
+        "routed-64": ["--slots", "64", "--long-slots", "32"],
     }.items():
         folder = arguments.models / name
         if not folder.exists() and (code := main(["convert", arguments.teacher, str(folder), "--no-verify", *how])):

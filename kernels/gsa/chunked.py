@@ -168,7 +168,7 @@ def chunked(
     """The same function as `reference.recurrence`. q [B,T,H,G,D], k [B,T,H,D], v [B,T,H,E], forget and write
     [B,T,H,M], positions [B,T]; state of N = B rows, or of the N documents of cu_seqlens [N+1] with B = 1.
 
-    Returns o [B,T,H,G,E], zero at padding, and the final state (its position is left to the caller).
+    Returns o [B,T,H,G,E], zero at padding, and the final state (its counts are left to the caller).
     """  # fmt: skip
     T, D, E = q.shape[1], k.shape[-1], v.shape[-1]
     tensors = (q, k, v, forget, write, q_sink)
@@ -204,4 +204,4 @@ def chunked(
         after = torch.cat(memories, dim=1).flatten(0, 1)
         final = torch.where(ends[:, None, None, None] >= 0, after[ends.clamp(min=0)], initial)
     K, V, z = final.split([D, E, 1], dim=-1)
-    return o * (positions >= 0)[:, :, None, None, None], SlotState(K, V, z[..., 0], state.position)
+    return o * (positions >= 0)[:, :, None, None, None], state._replace(keys=K, values=V, occupancy=z[..., 0])

@@ -9,20 +9,21 @@ import triton
 import triton.language as tl
 
 from .functions import expm1
-from .gates import inverse_and_log, load_gates
+from .gates import inverse_and_log, load_gates, ring_turn
 from .tile import read
 
 
 @triton.jit
 def step_kernel(
-    q, q_sink, k, v, gate, s, write, keep, positions, keys, values, occupancy, position, o,
+    q, q_sink, k, v, gate, s, write, keep, route, positions, keys, values, occupancy, position, routed, o,
     H, scale, rate, q_b, q_h, k_b, k_h, v_b, v_h,
     FORM: tl.constexpr, RING: tl.constexpr, SINKS: tl.constexpr, OCCUPANCY: tl.constexpr, SILU: tl.constexpr,
-    HAS_S: tl.constexpr, HAS_SINK: tl.constexpr,
+    HAS_S: tl.constexpr, HAS_SINK: tl.constexpr, HAS_ROUTE: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, M: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
-    """keys [N,H,M,D], values [N,H,M,E], occupancy [N,H,M] (bfloat16 or float32) and position [N] become those after the
-    token; o [N,1,H*G,E]. positions [N]: the token's; -1 is padding, which changes nothing and reads 0."""
+    """keys [N,H,M,D], values [N,H,M,E], occupancy [N,H,M] (bfloat16 or float32), position [N] and routed [N,H] become
+    those after the token; o [N,1,H*G,E]. route [N,H]: over 0, the token takes a turn of the long slots (route.py).
+    positions [N]: the token's; -1 is padding, which changes nothing and reads 0."""
     n, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     m, d, e = tl.arange(0, M), tl.arange(0, BD), tl.arange(0, BE)
     key_at, in_keys = ((n * H + h) * M + m)[:, None] * D + d[None, :], (m >= 0)[:, None] & (d < D)[None, :]
@@ -41,11 +42,19 @@ def step_kernel(
             far += (tl.load(q_sink + head, mask=d < D, other=0.0).to(tl.float32),)
     if OCCUPANCY:
         z = tl.load(occupancy + (n * H + h) * M + m).to(tl.float32)
+    turn = here.to(tl.int32)
+    if HAS_ROUTE:
+        before = tl.load(routed + n * H + h).to(tl.int32)
+        chosen = (tl.load(route + n * H + h).to(tl.float32) > 0.0) & (here >= SINKS)
+        turn = tl.where(chosen, RING + before % (M - RING), ring_turn(turn - before, RING, SINKS))
+        tl.store(routed + n * H + h, (before + chosen.to(tl.int32)).to(tl.int64))
+    elif RING:
+        turn = ring_turn(turn, RING, SINKS)
     if h == 0:
         tl.store(position + n, tl.maximum(tl.load(position + n), here + 1))
     log_alpha, weight, _x = load_gates(
-        gate, s, write, keep, (tl.zeros([1], tl.int64) + here).to(tl.int32), n, 1, h, H, rate, m, FORM, RING, SINKS,
-        HAS_S, 1, M,
+        gate, s, write, keep, (tl.zeros([1], tl.int64) + here).to(tl.int32), tl.zeros([1], tl.int32) + turn, n, 1, h,
+        H, rate, m, FORM, RING, HAS_S, 1, M,
     )  # fmt: skip
     forget = tl.reshape(-expm1(log_alpha), [M])
     weight = tl.reshape(weight, [M])

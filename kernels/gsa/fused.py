@@ -107,8 +107,8 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, occupancy: bool, s: T
 class Launch:
     """Tile, scratch and the arguments that the kernels of one call share, by the kernels' names for them."""
 
-    def __init__(self, q, k, v, q_sink, gate, s, write, keep, positions, cu_seqlens, form, damping, ring, sinks,
-                 normalised, scale, backward=False):  # fmt: skip
+    def __init__(self, q, k, v, q_sink, gate, s, write, keep, turns, positions, cu_seqlens, form, damping, ring,
+                 sinks, normalised, scale, backward=False):  # fmt: skip
         B, T, HQ, D = q.shape
         H, M, E = k.shape[2], gate.shape[-1], v.shape[-1]
         self.tile = tile_for(max(D, E), M, HQ // H, q.dtype, shared_memory(q.device))
@@ -121,10 +121,12 @@ class Launch:
         self.dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
         self.args = {
             "q": q, "q_sink": q_sink, "k": k, "v": v, "gate": gate, "s": s, "write": write, "keep": keep,
-            "positions": positions, "table": table, "T": T, "chunks_per_row": triton.cdiv(T, C), "H": H, "G": HQ // H,
-            "scale": scale, "rate": 1.0 / damping, **strides("q", q), **strides("k", k), **strides("v", v),
+            "turns": turns, "positions": positions, "table": table, "T": T, "chunks_per_row": triton.cdiv(T, C), "H": H,
+            "G": HQ // H, "scale": scale, "rate": 1.0 / damping,
+            **strides("q", q), **strides("k", k), **strides("v", v),
             "FORM": form, "LINEAR": form == "linear", "RING": ring, "SINKS": sinks, "OCCUPANCY": normalised,
-            "PACKED": table is not None, "HAS_POSITIONS": positions is not None, "HAS_S": s is not None,
+            "PACKED": table is not None, "HAS_POSITIONS": positions is not None, "HAS_TURNS": turns is not None,
+            "HAS_S": s is not None,
             "HAS_SINK": q_sink is not None, "PRECISION": "tf32x3" if q.dtype == torch.float16 else "ieee",
             "DTYPE": tl.bfloat16 if self.dtype == torch.bfloat16 else tl.float32,
             "D": D, "BD": triton.next_power_of_2(D), "E": E, "BE": triton.next_power_of_2(E), "M": M, "BM": self.slots,
@@ -200,14 +202,14 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, q_sink: Tensor | None, gate: Tensor
 @torch.library.custom_op("t2r::gsa_forward", mutates_args=())
 def gsa_forward(
     q: Tensor, k: Tensor, v: Tensor, gate: Tensor, s: Tensor | None, write: Tensor | None, keep: Tensor | None,
-    q_sink: Tensor | None, positions: Tensor | None, cu_seqlens: Tensor | None,
+    q_sink: Tensor | None, turns: Tensor | None, positions: Tensor | None, cu_seqlens: Tensor | None,
     keys: Tensor | None, values: Tensor | None, occupancy: Tensor | None,
     form: str, damping: float, ring: int, sinks: int, normalised: bool, silu: bool, scale: float, final: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """o and the final memory (empty tensors unless `final`). Arguments as gsa(), the spec spelled out."""
     launch = Launch(
-        *prepare(q, k, v, q_sink, gate, s, silu), write, keep, positions, cu_seqlens, form, damping, ring, sinks,
-        normalised, scale,
+        *prepare(q, k, v, q_sink, gate, s, silu), write, keep, turns, positions, cu_seqlens, form, damping, ring,
+        sinks, normalised, scale,
     )  # fmt: skip
     end = launch.state() if final else None
     launch.write(None if keys is None else (keys, values, occupancy), end)
@@ -218,7 +220,7 @@ def gsa_forward(
 
 
 @gsa_forward.register_fake
-def _(q, k, v, gate, s, write, keep, q_sink, positions, cu_seqlens, keys, values, occupancy, form, damping, ring,
+def _(q, k, v, gate, s, write, keep, q_sink, turns, positions, cu_seqlens, keys, values, occupancy, form, damping, ring,
       sinks, normalised, silu, scale, final):  # fmt: skip
     o = torch.empty(*q.shape[:3], v.shape[-1], device=q.device, dtype=v.dtype)
     shape = (document_count(q.shape[0], cu_seqlens), k.shape[2], gate.shape[-1])
@@ -230,14 +232,14 @@ def _(q, k, v, gate, s, write, keep, q_sink, positions, cu_seqlens, keys, values
 def gsa_backward(
     do: Tensor, d_keys: Tensor | None, d_values: Tensor | None, d_occupancy: Tensor | None,
     q: Tensor, k: Tensor, v: Tensor, gate: Tensor, s: Tensor | None, write: Tensor | None, keep: Tensor | None,
-    q_sink: Tensor | None, positions: Tensor | None, cu_seqlens: Tensor | None,
+    q_sink: Tensor | None, turns: Tensor | None, positions: Tensor | None, cu_seqlens: Tensor | None,
     keys: Tensor | None, values: Tensor | None, occupancy: Tensor | None,
     form: str, damping: float, ring: int, sinks: int, normalised: bool, silu: bool, scale: float,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of q, k, v, gate, s, write, keep, q_sink, keys, values, occupancy; empty where there was no input."""
     launch = Launch(
-        *prepare(q, k, v, q_sink, gate, s, silu), write, keep, positions, cu_seqlens, form, damping, ring, sinks,
-        normalised, scale, backward=True,
+        *prepare(q, k, v, q_sink, gate, s, silu), write, keep, turns, positions, cu_seqlens, form, damping, ring,
+        sinks, normalised, scale, backward=True,
     )  # fmt: skip
     launch.write(None if keys is None else (keys, values, occupancy), None)
     M, C, linear = gate.shape[-1], launch.tile.chunk, form == "linear"
@@ -273,18 +275,19 @@ def gsa_backward(
 
 
 @gsa_backward.register_fake
-def _(do, d_keys, d_values, d_occupancy, q, k, v, gate, s, write, keep, q_sink, positions, cu_seqlens, keys, values,
-      occupancy, *rest):  # fmt: skip
+def _(do, d_keys, d_values, d_occupancy, q, k, v, gate, s, write, keep, q_sink, turns, positions, cu_seqlens, keys,
+      values, occupancy, *rest):  # fmt: skip
     like = (q, k, v, gate, s, write, keep, q_sink, keys, values, occupancy)
     return [torch.empty(0 if x is None else x.shape, device=q.device, dtype=q.dtype if x is None else x.dtype)
             for x in like]  # fmt: skip
 
 
 INPUTS = (
-    "q", "k", "v", "gate", "s", "write", "keep", "q_sink", "positions", "cu_seqlens", "keys", "values", "occupancy",
+    "q", "k", "v", "gate", "s", "write", "keep", "q_sink", "turns", "positions", "cu_seqlens", "keys", "values",
+    "occupancy",
 )  # fmt: skip
 # in the order in which gsa_backward returns their gradients
-DIFFERENTIABLE = [name for name in INPUTS if name not in ("positions", "cu_seqlens")]
+DIFFERENTIABLE = [name for name in INPUTS if name not in ("turns", "positions", "cu_seqlens")]
 
 
 def setup_context(ctx, inputs, output) -> None:
@@ -314,24 +317,25 @@ def gradient(ctx, do, d_keys, d_values, d_occupancy):
 gsa_forward.register_autograd(gradient, setup_context=setup_context)
 
 
-@torch.library.custom_op("t2r::gsa_step", mutates_args=("keys", "values", "occupancy", "position"))
+@torch.library.custom_op("t2r::gsa_step", mutates_args=("keys", "values", "occupancy", "position", "routed"))
 def gsa_step(
     q: Tensor, k: Tensor, v: Tensor, gate: Tensor, s: Tensor | None, write: Tensor | None, keep: Tensor | None,
-    q_sink: Tensor | None, positions: Tensor, keys: Tensor, values: Tensor, occupancy: Tensor, position: Tensor,
+    q_sink: Tensor | None, route: Tensor | None, positions: Tensor, keys: Tensor, values: Tensor, occupancy: Tensor,
+    position: Tensor, routed: Tensor,
     form: str, damping: float, ring: int, sinks: int, normalised: bool, silu: bool, scale: float,
 ) -> Tensor:  # fmt: skip
-    """o [N,1,H*G,E] of one token a sequence; keys, values, occupancy and position become the memory after it."""
+    """o [N,1,H*G,E] of one token a sequence; the memory from keys to routed becomes that after it."""
     q, k, v, q_sink, gate, s = prepare(q, k, v, q_sink, gate, s, silu=False)
     N, _, HQ, D = q.shape
     H, M, E = k.shape[2], gate.shape[-1], v.shape[-1]
     o = torch.empty(N, 1, HQ, E, device=q.device, dtype=v.dtype)
     warps = step_warps(max(D, E), M)
     decode.step_kernel[(N * H,)](
-        q, q_sink, k, v, gate, s, write, keep, positions, keys, values, occupancy, position, o,
+        q, q_sink, k, v, gate, s, write, keep, route, positions, keys, values, occupancy, position, routed, o,
         H, scale, 1.0 / damping, q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2),
         FORM=form, RING=ring, SINKS=sinks, OCCUPANCY=normalised, SILU=silu, HAS_S=s is not None,
-        HAS_SINK=q_sink is not None, D=D, BD=triton.next_power_of_2(D), E=E, BE=triton.next_power_of_2(E), M=M,
-        G=HQ // H, num_warps=warps,
+        HAS_SINK=q_sink is not None, HAS_ROUTE=route is not None, D=D, BD=triton.next_power_of_2(D), E=E,
+        BE=triton.next_power_of_2(E), M=M, G=HQ // H, num_warps=warps,
         maxnreg=128 if warps <= 8 else None,  # so that two programs fit on a multiprocessor: one reads, one computes
     )  # fmt: skip
     return o
@@ -350,22 +354,24 @@ def spelled(spec: GSASpec, scale: float) -> tuple:
 
 def fused(
     q: Tensor, k: Tensor, v: Tensor, gate: Tensor, s: Tensor | None, write: Tensor | None, keep: Tensor | None,
-    q_sink: Tensor | None, positions: Tensor | None, cu_seqlens: Tensor | None, state: SlotState | None, spec: GSASpec,
-    scale: float, final: bool,
+    q_sink: Tensor | None, turns: Tensor | None, positions: Tensor | None, cu_seqlens: Tensor | None,
+    state: SlotState | None, spec: GSASpec, scale: float, final: bool,
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:  # fmt: skip
     """gsa() by the kernels: o and, if asked, the final (keys, values, occupancy)."""
     memory = (None, None, None) if state is None else tuple(x.float().contiguous() for x in state[:3])
     o, *end = gsa_forward(
-        q, k, v, gate, s, write, keep, q_sink, positions, cu_seqlens, *memory, *spelled(spec, scale), final
+        q, k, v, gate, s, write, keep, q_sink, turns, positions, cu_seqlens, *memory, *spelled(spec, scale), final
     )
     return o, tuple(end) if final else None
 
 
 def fused_step(
     q: Tensor, k: Tensor, v: Tensor, gate: Tensor, s: Tensor | None, write: Tensor | None, keep: Tensor | None,
-    q_sink: Tensor | None, positions: Tensor | None, state: SlotState, spec: GSASpec, scale: float, in_place: bool,
+    q_sink: Tensor | None, route: Tensor | None, positions: Tensor | None, state: SlotState, spec: GSASpec,
+    scale: float, in_place: bool,
 ) -> tuple[Tensor, SlotState]:  # fmt: skip
     """One token of every sequence: o and the memory after it, in the state's own tensors if in_place."""
     positions = state.position.clone() if positions is None else positions.contiguous()
     memory = state if in_place else SlotState(*(x.clone() for x in state))
-    return gsa_step(q, k, v, gate, s, write, keep, q_sink, positions, *memory, *spelled(spec, scale)), memory
+    route = route if route is None else route.contiguous()
+    return gsa_step(q, k, v, gate, s, write, keep, q_sink, route, positions, *memory, *spelled(spec, scale)), memory

@@ -31,17 +31,29 @@ def load_positions(positions, row0, count, C: tl.constexpr, HAS_POSITIONS: tl.co
 
 
 @triton.jit
-def on_turn(position, m, RING: tl.constexpr, SINKS: tl.constexpr):
-    """[C,BM]: is the slot m [BM] on turn (spec.GSASpec.turn)."""
-    turn = tl.where(position < RING, position, SINKS + (position - RING) % (RING - SINKS))
-    return turn[:, None] == m[None, :]
+def ring_turn(position, RING: tl.constexpr, SINKS: tl.constexpr):
+    """Slot on turn at a position (spec.GSASpec.turn)."""
+    return tl.where(position < RING, position, SINKS + (position - RING) % (RING - SINKS))
 
 
 @triton.jit
-def load_gates(gate, s, write, keep, position, row0, count, h, H, rate, m, FORM: tl.constexpr, RING: tl.constexpr,
-               SINKS: tl.constexpr, HAS_S: tl.constexpr, C: tl.constexpr, M: tl.constexpr):  # fmt: skip
+def load_turns(turns, position, row0, count, h, H, C: tl.constexpr, RING: tl.constexpr, SINKS: tl.constexpr,
+               HAS_TURNS: tl.constexpr):  # fmt: skip
+    """Slot on turn [C] for each token of a chunk: given by turns [B,T,H], else by position."""
+    if HAS_TURNS:
+        t = tl.arange(0, C)
+        return tl.load(turns + (row0 + t) * H + h, mask=t < count, other=-1)
+    elif RING:
+        return ring_turn(position, RING, SINKS)
+    else:
+        return position
+
+
+@triton.jit
+def load_gates(gate, s, write, keep, position, turn, row0, count, h, H, rate, m, FORM: tl.constexpr,
+               RING: tl.constexpr, HAS_S: tl.constexpr, C: tl.constexpr, M: tl.constexpr):  # fmt: skip
     """Gates of one chunk, head and slots m [BM], as spec.gates: (log alpha floored, write weight, pre-activation), each
-    [C,BM]. rate = 1 / damping."""
+    [C,BM]. turn [C]: the slot on turn; rate = 1 / damping."""
     t = tl.arange(0, C)
     first = (row0 * H + h) * M
     at = (t * (H * M))[:, None] + m[None, :]
@@ -49,7 +61,7 @@ def load_gates(gate, s, write, keep, position, row0, count, h, H, rate, m, FORM:
     if RING:
         on = tl.load(write + h * M + m).to(tl.float32)
         off = tl.load(keep + h * M + m).to(tl.float32)
-        bias = tl.where(on_turn(position, m, RING, SINKS), on[None, :], off[None, :])
+        bias = tl.where(turn[:, None] == m[None, :], on[None, :], off[None, :])
     else:
         bias = 0.0
     if FORM == "sigmoid":
@@ -88,10 +100,11 @@ def classify(log_alpha, FORM: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "chunks_per_row"])
 def gates_kernel(
-    gate, s, write, keep, positions, table, L, label, anchors, decayed, in_class, written, later, left, w, last,
+    gate, s, write, keep, positions, turns, table, L, label, anchors, decayed, in_class, written, later, left, w, last,
     T, chunks_per_row, H, rate,
     PACKED: tl.constexpr, FORM: tl.constexpr, RING: tl.constexpr, SINKS: tl.constexpr, HAS_S: tl.constexpr,
-    HAS_POSITIONS: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr, BACKWARD: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr, HAS_TURNS: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+    BACKWARD: tl.constexpr,
     M: tl.constexpr, BM: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Of one chunk, head and BM slots:
@@ -107,9 +120,11 @@ def gates_kernel(
     if count <= 0:
         return
     m = tl.program_id(1) * BM + tl.arange(0, BM)
-    position = load_positions(positions, row * T + begin, count, C, HAS_POSITIONS)
+    row0 = row * T + begin
+    position = load_positions(positions, row0, count, C, HAS_POSITIONS)
+    turn = load_turns(turns, position, row0, count, h, H, C, RING, SINKS, HAS_TURNS)
     log_alpha, weight, _x = load_gates(
-        gate, s, write, keep, position, row * T + begin, count, h, H, rate, m, FORM, RING, SINKS, HAS_S, C, M
+        gate, s, write, keep, position, turn, row0, count, h, H, rate, m, FORM, RING, HAS_S, C, M
     )
     # through memory, or the compiler works the gates out anew in every layout that needs them
     store_tile(L, log_alpha, pid, m, C, M)
@@ -167,12 +182,12 @@ def occupancy_kernel(
 
 @triton.jit(do_not_specialize=["T", "chunks_per_row"])
 def logits_kernel(
-    gate, s, write, keep, positions, table, occupancy, d_occupancy, L, label, in_class, own, rows, met,
+    gate, s, write, keep, positions, turns, table, occupancy, d_occupancy, L, label, in_class, own, rows, met,
     after, across, z_rows, through, dgate, ds, d_bias,
     T, chunks_per_row, H, rate,
     PACKED: tl.constexpr, FORM: tl.constexpr, RING: tl.constexpr, SINKS: tl.constexpr, OCCUPANCY: tl.constexpr,
-    HAS_S: tl.constexpr, HAS_POSITIONS: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
-    M: tl.constexpr, BM: tl.constexpr, C: tl.constexpr,
+    HAS_S: tl.constexpr, HAS_POSITIONS: tl.constexpr, HAS_TURNS: tl.constexpr, PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """From the sums of backward.py, tiles [n,H,C,M] but for through [n,H,M], to dgate [B,T,H,M], ds (if s was given)
     and the chunk's part of the gradients of write and keep, d_bias [n,H,2,M]."""
@@ -188,8 +203,9 @@ def logits_kernel(
         return
     row0 = row * T + begin
     position = load_positions(positions, row0, count, C, HAS_POSITIONS)
+    turn = load_turns(turns, position, row0, count, h, H, C, RING, SINKS, HAS_TURNS)
     log_alpha, weight, x = load_gates(
-        gate, s, write, keep, position, row0, count, h, H, rate, m, FORM, RING, SINKS, HAS_S, C, M
+        gate, s, write, keep, position, turn, row0, count, h, H, rate, m, FORM, RING, HAS_S, C, M
     )
     t = tl.arange(0, C)
     from_here, before = t[None, :] >= t[:, None], t[None, :] < t[:, None]
@@ -236,9 +252,9 @@ def logits_kernel(
         slope = 1.0
     tl.store(dgate + at, (grad_x * slope).to(dgate.dtype.element_ty), mask=mask)
     if RING:
-        turn = on_turn(position, m, RING, SINKS)
-        tl.store(d_bias + bias_at, tl.sum(tl.where(turn, grad_x, 0.0), axis=0))
-        tl.store(d_bias + bias_at + M, tl.sum(tl.where(turn, 0.0, grad_x), axis=0))
+        on = turn[:, None] == m[None, :]
+        tl.store(d_bias + bias_at, tl.sum(tl.where(on, grad_x, 0.0), axis=0))
+        tl.store(d_bias + bias_at + M, tl.sum(tl.where(on, 0.0, grad_x), axis=0))
 
 
 @triton.jit

@@ -13,6 +13,7 @@ from torch.nn.functional import silu
 from .chunked import chunked
 from .documents import count_positions, document_count, end_positions
 from .reference import recurrence
+from .route import StraightThrough, turns
 from .spec import GSASpec, SlotState, gates
 
 Backend = Literal["auto", "triton", "torch", "reference"]
@@ -30,6 +31,7 @@ def gsa(
     keep: Tensor | None = None,
     s: Tensor | None = None,
     q_sink: Tensor | None = None,
+    route: Tensor | None = None,
     positions: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     initial_state: SlotState | None = None,
@@ -45,6 +47,8 @@ def gsa(
         here in float32: adding them to bfloat16 logits beforehand would round W x away.
     s [B,T,H,M]: write weights of their own instead of 1 - alpha.
     q_sink like q: the query that reads the spec.sinks first slots (far sinks), default q.
+    route [B,T,H]: a token with route > 0 takes its turn among the long slots (those from spec.ring on) in place of the
+        ring; its gradient is a straight-through estimate (route.py). Default: none is.
     positions [B,T] int: position of each token in its document; -1 is padding: it neither writes nor forgets, the clock
         stands and its output is 0. Default: counted from the state's position.
     cu_seqlens [N+1] int: B = 1 and row 0 holds N documents, tokens cu_seqlens[n] to cu_seqlens[n+1], each with a memory
@@ -58,7 +62,7 @@ def gsa(
     Returns o [B,T,H*G,E] in v's dtype and the final state or None. Computed in float32 (float64 for float64 inputs).
     Raises ValueError when shapes or options do not fit together.
     """
-    check(q, k, v, gate, spec, write, keep, s, q_sink, positions, cu_seqlens, initial_state)
+    check(q, k, v, gate, spec, write, keep, s, q_sink, route, positions, cu_seqlens, initial_state)
     (B, T, HQ, D), (H, M), E = q.shape, gate.shape[2:], v.shape[-1]
     backend = choose_backend(backend, q, k, v, gate, spec, s)
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -74,18 +78,22 @@ def gsa(
         from .fused import fused_step
 
         in_place = overwrite_state and initial_state is not None
-        return fused_step(q, k, v, gate, s, write, keep, q_sink, positions, state, spec, scale, in_place)
+        return fused_step(q, k, v, gate, s, write, keep, q_sink, route, positions, state, spec, scale, in_place)
     final_position = end_positions(state.position, positions, cu_seqlens) if output_final_state else None
+    turn, routed = None, None if state is None else state.routed
+    if route is not None:
+        turn, other, chosen, routed = turns(route, positions, routed, cu_seqlens, spec, M)
+        gate = StraightThrough.apply(gate, route, turn, other, chosen, positions, spec)
     if backend == "triton":
         from .fused import fused
 
         positions = None if positions is None else positions.contiguous()
-        args = (q, k, v, gate, s, write, keep, q_sink, positions, cu_seqlens, initial_state)
+        args = (q, k, v, gate, s, write, keep, q_sink, turn, positions, cu_seqlens, initial_state)
         o, final = fused(*args, spec, scale, output_final_state)
-        final = final if final is None else SlotState(*final, final_position)
+        final = final if final is None else SlotState(*final, final_position, routed)
     else:
         forget, write_weight = gates(
-            gate.to(dtype) if dtype == torch.float64 else gate, positions, spec, write, keep, s
+            gate.to(dtype) if dtype == torch.float64 else gate, positions, spec, write, keep, s, turn
         )
         activation = silu if spec.feature_map == "silu" else lambda x: x
         queries = [None if x is None else activation(x.to(dtype)).unflatten(2, (H, HQ // H)) for x in (q, q_sink)]
@@ -104,7 +112,7 @@ def gsa(
             queries[1],
             cu_seqlens=cu_seqlens,
         )
-        o, final = o.flatten(2, 3).to(v.dtype), final._replace(position=final_position)
+        o, final = o.flatten(2, 3).to(v.dtype), final._replace(position=final_position, routed=routed)
     if output_final_state and not spec.occupancy:
         final = final._replace(occupancy=state.occupancy)
     return o, final if output_final_state else None
@@ -201,7 +209,7 @@ def abc_gates(s: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     return torch.cat(log_decay, dim=1), torch.cat(weight, dim=1)
 
 
-def check(q, k, v, gate, spec, write, keep, s, q_sink, positions, cu_seqlens, state) -> None:
+def check(q, k, v, gate, spec, write, keep, s, q_sink, route, positions, cu_seqlens, state) -> None:
     """Raise ValueError with the offending argument unless everything fits together."""
 
     def expect(name: str, x: Tensor | None, shape: tuple[int, ...]) -> None:
@@ -222,6 +230,7 @@ def check(q, k, v, gate, spec, write, keep, s, q_sink, positions, cu_seqlens, st
     expect("gate", gate, (B, T, H, M))
     expect("s", s, (B, T, H, M))
     expect("q_sink", q_sink, (B, T, HQ, D))
+    expect("route", route, (B, T, H))
     expect("positions", positions, (B, T))
     expect("write", write, (H, M))
     expect("keep", keep, (H, M))
@@ -230,11 +239,14 @@ def check(q, k, v, gate, spec, write, keep, s, q_sink, positions, cu_seqlens, st
         expect("initial_state.values", state.values, (N, H, M, E))
         expect("initial_state.occupancy", state.occupancy, (N, H, M))
         expect("initial_state.position", state.position, (N,))
+        expect("initial_state.routed", state.routed, (N, H))
     if spec.ring > M:
         raise ValueError(f"a ring of {spec.ring} slots does not fit into {M}")
     if [write is not None, keep is not None] != 2 * [bool(spec.ring)]:
         raise ValueError("write and keep belong to the clock: give both with spec.ring > 0 and neither without")
     if spec.ring and spec.gate == "log_alpha":
         raise ValueError("log_alpha gates come ready made: the clock (spec.ring) needs the sigmoid or linear form")
+    if route is not None and not (spec.ring and spec.ring < M and spec.gate == "linear"):
+        raise ValueError(f"route needs a ring, long slots beside it and linear gates, got {M} slots and {spec}")
     if q_sink is not None and not spec.sinks:
         raise ValueError("q_sink is read by sink slots only, and spec.sinks is 0")

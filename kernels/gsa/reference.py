@@ -28,7 +28,7 @@ def step(
         K_t = alpha_t K_{t-1} + s_t k_t      V_t = alpha_t V_{t-1} + s_t v_t      z_t = alpha_t z_{t-1} + s_t
         o_t = V_t^T softmax(scale K_t q_t)   (read as K/z, V/z with weight z when spec.occupancy)
     """  # fmt: skip
-    K, V, z, position = state
+    K, V, z = state[:3]
     # alpha K + s k with alpha = 1 - forget, grouped so that a slow decay is not lost in rounding alpha to 1
     K = K + (write[..., None] * k[..., None, :] - forget[..., None] * K)
     V = V + (write[..., None] * v[..., None, :] - forget[..., None] * V)
@@ -38,7 +38,7 @@ def step(
         sink_logits = scale * torch.einsum("nhgd,nhmd->nhgm", q_sink, K[:, :, : spec.sinks])
         logits = torch.cat([sink_logits, logits[..., spec.sinks :]], dim=-1)
     p = read_weights(logits, z[:, :, None] if spec.occupancy else None)
-    return torch.einsum("nhgm,nhme->nhge", p, V), SlotState(K, V, z, position)
+    return torch.einsum("nhgm,nhme->nhge", p, V), state._replace(keys=K, values=V, occupancy=z)
 
 
 def recurrence(
@@ -57,7 +57,7 @@ def recurrence(
     """`step` over time. q [B,T,H,G,D], k [B,T,H,D], v [B,T,H,E], forget and write [B,T,H,M], positions [B,T]; state of
     N = B rows, or of the N documents of cu_seqlens [N+1] with B = 1.
 
-    Returns o [B,T,H,G,E], zero at padding, and the final state (its position is left to the caller).
+    Returns o [B,T,H,G,E], zero at padding, and the final state (its counts are left to the caller).
     """  # fmt: skip
     if cu_seqlens is not None:
         bounds, outputs, states = cu_seqlens.tolist(), [], []

@@ -30,7 +30,8 @@ class GSASpec:
             log_alpha  alpha = exp(x), s = 1 - alpha or given                         (any gate made elsewhere)
         `linear` reaches 0 and 1 exactly and has slope 1 / damping up to and including both ends, so a layer can start
         as an exact ring buffer (write 1, keep 0) and still learn.
-    ring: number of slots on the clock, sinks included; 0 switches the clock off. Slots from `ring` on have no turn.
+    ring: number of slots on the clock, sinks included; 0 switches the clock off. Slots from `ring` on are long slots: a
+        second ring, whose turns are for the tokens that are routed to it (gsa's `route`) and for no others.
     sinks: the first `sinks` slots take one token each and are never on turn again.
     occupancy: carry z_t = alpha z_{t-1} + s and read each slot as what it holds, K/z and V/z with weight z. An empty
         slot is then absent from the softmax instead of taking mass with a zero key.
@@ -53,7 +54,8 @@ class GSASpec:
             raise ValueError(f"damping must be positive, got {self.damping}")
 
     def turn(self, position: Tensor) -> Tensor:
-        """Slot on turn at each position of a document (any integer shape, position >= 0; needs a clock)."""
+        """Slot on turn for the token that `position` others of its document came before in the ring (any integer shape,
+        position >= 0; needs a clock)."""
         lap = self.ring - self.sinks
         return torch.where(position < self.ring, position, self.sinks + (position - self.ring) % lap)
 
@@ -61,13 +63,15 @@ class GSASpec:
 class SlotState(NamedTuple):
     """Everything a layer remembers: constant in the length of the text. Float32 (float64 for float64 inputs).
 
-    keys [N,H,M,D], values [N,H,M,E], occupancy [N,H,M], position [N] int64: tokens of each document read so far.
+    keys [N,H,M,D], values [N,H,M,E], occupancy [N,H,M], position [N] int64: tokens of each document read so far;
+    routed [N,H] int64: how many of them each head has written to its long slots.
     """
 
     keys: Tensor
     values: Tensor
     occupancy: Tensor
     position: Tensor
+    routed: Tensor
 
     @classmethod
     def empty(
@@ -78,14 +82,22 @@ class SlotState(NamedTuple):
             torch.zeros(n, heads, slots, value_dim, device=device, dtype=dtype),
             torch.zeros(n, heads, slots, device=device, dtype=dtype),
             torch.zeros(n, device=device, dtype=torch.int64),
+            torch.zeros(n, heads, device=device, dtype=torch.int64),
         )
 
 
 def gates(
-    x: Tensor, positions: Tensor, spec: GSASpec, write: Tensor | None, keep: Tensor | None, s: Tensor | None
+    x: Tensor,
+    positions: Tensor,
+    spec: GSASpec,
+    write: Tensor | None,
+    keep: Tensor | None,
+    s: Tensor | None,
+    turn: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gate logits x [B,T,H,M] -> (forget, write weight), both [B,T,H,M] in float32 (float64 for float64 inputs).
 
+    turn [B,T,H]: the slot on turn (route.py); None: by position.
     forget = 1 - alpha is what is kept everywhere in place of alpha: it has full precision where memory is long
     (1 - 1e-8 is 1.0 in float32, so a slow slot would never forget), and 0 means kept exactly.
     A token at position -1 is padding: it neither forgets nor writes.
@@ -93,7 +105,7 @@ def gates(
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     if spec.ring:
         slots = torch.arange(x.shape[-1], device=x.device)
-        on_turn = spec.turn(positions)[:, :, None, None] == slots
+        on_turn = (spec.turn(positions)[:, :, None] if turn is None else turn)[..., None] == slots
         x_bias = torch.where(on_turn, write.to(x.dtype), keep.to(x.dtype))
     else:
         x_bias = 0.0

@@ -6,6 +6,7 @@ each; writer.py writes the folder aside and renames it when it is complete; veri
 
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import contextmanager
 
 SIZES = (
@@ -34,13 +35,17 @@ def convert(
     long_slots: int = 0,
     layer_slots: str = "",
     keep_softmax: str = "",
+    long_share: float = 0.125,
+    long_text: Sequence[str] = ("shipped:train",),
 ) -> None:
     """Convert `source` (hub id, folder, GGUF file or package:NAME) into the new folder `out`.
 
     preset: "exact", the default, starts as a ring buffer that equals the source within its slots; "paper" as arXiv
     2409.07146, which a model of flash-linear-attention is already.
-    slots, sinks: in place of the preset's. long_slots: added outside the ring. layer_slots: in place of slots in single
-    layers, such as "0-3=128,9=256". keep_softmax: layers that stay as they are, such as "0,8-11".
+    slots, sinks: in place of the preset's. layer_slots: in place of slots in single layers, such as "0-3=128,9=256".
+    keep_softmax: layers that stay as they are, such as "0,8-11".
+    long_slots: of the slots, for tokens that a router picks: the `long_share` of them that the source's own attention
+    on `long_text` (as DataConfig.train) reads most from far away.
     dtype: name of the dtype to write, default the source's (float32 for GGUF).
     dry_run: print the plan and stop. verify: prove the result before it gets its name; nothing is left if that fails.
     hash: record the SHA-256 of every file of the source. shard_size: bytes of a weight file at most, default 5 GB.
@@ -49,12 +54,15 @@ def convert(
     does not exist.
     """
     from t2r.convert.plan import import_plan, make_plan
+    from t2r.convert.route import fit_routers
     from t2r.convert.source import open_source
     from t2r.convert.verify import verify as verify_folder
     from t2r.convert.writer import SHARD_SIZE, FolderWriter, available_ram, check_absent, preflight
     from t2r.errors import UserError
     from t2r.publish import model_card
 
+    if not 0 < long_share < 1:
+        raise UserError(f"a share of {long_share} of a text", where="--long-share", nearest="0.125")
     if not dry_run:
         check_absent(out)
     opened = open_source(source)
@@ -73,11 +81,16 @@ def convert(
         return
     opened.load_tokenizer()
     preflight(out, plan.disk_bytes, plan.ram_bytes)
-    with FolderWriter(out, plan.targets, shard_size or SHARD_SIZE, resume=state_of(plan)) as writer:
+    resume = state_of(plan, *((long_share, *long_text) if long_slots else ()))
+    with FolderWriter(out, plan.targets, shard_size or SHARD_SIZE, resume=resume) as writer:
         if writer.written:
             print(f"going on    a killed run has written {len(writer.written)} of {len(plan.targets)} tensors")
+        routers = {}
+        if any(".router." in name for name in plan.new_tensors if name not in writer.written):
+            with timed("routers fit"):
+                routers = fit_routers(opened, plan.gsa.gsa_layers(plan.config), long_share, long_text)
         with timed("copied", sum(writer.nbytes(name) for name in plan.targets if name not in writer.written)):
-            digests = write_weights(plan, writer, hash)
+            digests = write_weights(plan, writer, hash, routers)
             made = write_rest(plan, writer.path, digests)
             writer.flush()
         ram, report = available_ram(), None
@@ -134,17 +147,18 @@ def timed(what: str, size: int | None = None):
     print(f"{what:<11} {amount}", flush=True)
 
 
-def state_of(plan) -> str:
-    """Names a conversion: the source's files as they are now, and all that decides the result. What a killed run left
-    is continued only where it has the same name."""
+def state_of(plan, *options) -> str:
+    """Names a conversion: the source's files as they are now, and all that decides the result, `options` included. What
+    a killed run left is continued only where it has the same name."""
     from t2r import __version__
 
     files = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in plan.source.files]
-    return repr((__version__, files, plan.config.to_dict()))
+    return repr((__version__, files, plan.config.to_dict(), *options))
 
 
-def write_weights(plan, writer, hashing: bool) -> dict[str, str] | None:
-    """Stream every tensor of the plan into the writer: the source's in storage order, then the new ones.
+def write_weights(plan, writer, hashing: bool, fitted: dict) -> dict[str, str] | None:
+    """Stream every tensor of the plan into the writer: the source's in storage order, then the new ones, `fitted` in
+    place of their starting values.
 
     Returns name and SHA-256 of each file of the source, taken from the same read, or None without `hashing`.
     """
@@ -176,7 +190,7 @@ def write_weights(plan, writer, hashing: bool) -> dict[str, str] | None:
             bar.update(values.nbytes)
     for name, tensor in plan.new_tensors.items():
         if name not in writer.written:
-            writer.add(name, tensor.to(targets[name][1]))
+            writer.add(name, fitted.get(name, tensor).to(targets[name][1]))
     return digests
 
 

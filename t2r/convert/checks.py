@@ -37,6 +37,27 @@ def read(model, ids: Tensor, cuts: list[int], cache) -> Tensor:
     return torch.cat([model(ids[:, a:b], past_key_values=cache).logits for a, b in pairwise(cuts)], dim=1)
 
 
+def undecided(model, ids: Tensor) -> dict[str, Tensor]:
+    """Name -> what to add to each router's bias so that no choice for the text ids [1,T] hangs by a rounding error.
+
+    The bias moves to the middle between the two outputs next to 0, which changes no choice: two ways of reading the
+    text could otherwise differ, rightly, by a whole token."""
+    shifts = {}
+
+    def middle(module, args, kwargs, output) -> None:
+        outputs = module.router(kwargs["hidden_states"]).float()[0]
+        least = torch.where(outputs > 0, outputs, torch.inf).amin(0)
+        most = torch.where(outputs > 0, -torch.inf, outputs).amax(0)
+        shift = -(least + most) / 2
+        name = next(name for name, other in model.named_modules() if other is module)
+        shifts[f"{name}.router.bias"] = torch.where(shift.isfinite(), shift, 0.0)
+
+    routed = [mixer for mixer in gsa_mixers(model).values() if mixer.gsa.long_slots]
+    with hooked(routed, after=middle):
+        model(ids, use_cache=False)
+    return shifts
+
+
 def reading_checks(model, ids: Tensor) -> list[Check]:
     """The same text read at once, in chunks, token by token, resumed twice from one state, and left-padded."""
     from transformers import DynamicCache
@@ -141,9 +162,8 @@ def read_mixer(module, x: Tensor, kwargs: dict, positions: Tensor, cuts: list[in
 def clock_alone(name: str, tensor: Tensor) -> Tensor:
     """A tensor of an exact start that has learned nothing, and whose long slots stay empty; others as they are."""
     end = name.rsplit("self_attn.", 1)[-1]
-    if end in ("f_proj.weight", "keep"):
-        return torch.zeros_like(tensor)
-    return torch.ones_like(tensor) if end == "write" else tensor
+    value = {"f_proj.weight": 0.0, "keep": 0.0, "router.weight": 0.0, "router.bias": -1.0, "write": 1.0}.get(end)
+    return tensor if value is None else torch.full_like(tensor, value)
 
 
 def exact_start_checks(student, teacher, ids: Tensor, logits: Tensor) -> list[Check]:

@@ -89,7 +89,7 @@ def export_config(source: Source) -> dict:
         what = f"this is a {config.model_type} model, not a converted one"
         raise UserError(what, where=source.path, next=f"t2r convert {source.path} OUT --preset paper")
     gsa, paper = GSAConfig.of(config), PRESETS["paper"]
-    free = {"slots", "damping", "gate_std", "long_gate_std", "sink_distance"}
+    free = {"slots", "damping", "gate_std", "sink_distance"}
     differs = [name for name, value in asdict(paper).items() if name not in free and getattr(gsa, name) != value]
     heads, head_dim = config.num_attention_heads, getattr(config, "head_dim", None)
     reasons = {

@@ -107,7 +107,7 @@ class Plan:
         count = {gsa.slots for gsa in layers}
         line = f"{min(count)} slots" if len(count) == 1 else f"{min(count)} to {max(count)} slots"
         sinks, long = max(gsa.sinks for gsa in layers), max(gsa.long_slots for gsa in layers)
-        line += (f", {sinks} sinks" if sinks else "") + (f", {long} of them long" if long else "")
+        line += (f", {long} of them long" if long else "") + (f", {sinks} sinks" if sinks else "")
         kept = self.gsa.softmax_layers
         return line + (f", softmax kept in {len(kept)} of {self.config.num_hidden_layers} layers" if kept else "")
 

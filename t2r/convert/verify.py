@@ -23,6 +23,7 @@ from t2r.convert.checks import (
     mixer_reading_checks,
     reading_checks,
     softmax_check,
+    undecided,
 )
 from t2r.convert.paged import Pages
 from t2r.convert.source import Source, open_source
@@ -116,8 +117,12 @@ def check_whole(opened: Source, converted: Source, ids: Tensor, layers: dict[int
         checks.append(Check("rounding moves the source's logits by", moved, note="not a fault"))
     logits = teacher(ids).logits
     checks.append(softmax_check(softmax_back(converted, opened), ids, logits))
-    student = load_gsa(converted)
-    checks += [*reading_checks(student, ids), low_precision_check(student, load_gsa(converted, torch.bfloat16), ids)]
+    student, low = load_gsa(converted), load_gsa(converted, torch.bfloat16)
+    shifts = undecided(student, ids)
+    for model in (student, low):
+        for name, shift in shifts.items():
+            model.get_parameter(name).add_(shift)
+    checks += [*reading_checks(student, ids), low_precision_check(student, low, ids)]
     if has_exact_start(layers):
         for name, parameter in student.named_parameters():
             parameter.copy_(clock_alone(name, parameter))
@@ -141,6 +146,8 @@ def check_by_layer(opened: Source, converted: Source, ids: Tensor, layers: dict[
     logits = teacher(ids, use_cache=False).logits
     checks = [softmax_check(Pages(empty_model(softmax_config(opened)), converted).model, ids, logits)]
     pages = Pages(empty_model(converted.config), converted)
+    shifts = undecided(pages.model, ids)
+    pages.change = lambda name, x: x + shifts[name] if name in shifts else x
     checks += mixer_reading_checks(pages.model, ids)
     if has_exact_start(layers):
         pages.change = clock_alone
@@ -176,16 +183,17 @@ def text_tokens(tokenizer, at_least: int, at_most: int) -> Tensor:
     return ids.repeat(1, -(-length // ids.shape[1]))[:, :length]
 
 
-def load_source(source: Source):
-    """The source as transformers itself loads it, in float32: nothing of our reading of its files is trusted."""
+def load_source(source: Source, dtype: torch.dtype = torch.float32):
+    """The source as transformers itself loads it, by default in float32: nothing of our reading of its files is
+    trusted."""
     from transformers import AutoModelForCausalLM, GgufConfig
 
     if source.is_quantised:
         options = {"gguf_file": source.path.name, "quantization_config": GgufConfig(dequantize=True)}
-        model = AutoModelForCausalLM.from_pretrained(source.path.parent, dtype=torch.float32, **options)
+        model = AutoModelForCausalLM.from_pretrained(source.path.parent, dtype=dtype, **options)
     else:
-        model = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32, local_files_only=True)
-    return model.float().eval()
+        model = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype, local_files_only=True)
+    return model.to(dtype).eval()
 
 
 def load_gsa(converted: Source, dtype: torch.dtype = torch.float32):

@@ -17,6 +17,7 @@ from t2r.evaluate.movement import damaged_weights, trained
 from t2r.evaluate.perplexity import Blocks
 from t2r.evaluate.statistics import Metric
 from t2r.evaluate.task import Outcome, Plot
+from t2r.kernels.gsa.route import turns
 from t2r.kernels.gsa.spec import EMPTY, GSASpec, gates
 from t2r.modeling import attention as attention_module
 
@@ -172,9 +173,12 @@ def spied(model, note: Callable[[int, dict], None]) -> Iterator[None]:
     """Within, note(layer, call) is called for each GSA layer's operation: its q, k, gates and options."""
     original, current = attention_module.gsa, []
 
-    def spy(q, k, v, gate, *, spec, scale, write=None, keep=None, q_sink=None, positions=None, **options):
+    def spy(q, k, v, gate, *, spec, scale, write=None, keep=None, q_sink=None, route=None, positions=None, **options):
         where = positions if positions is not None else torch.arange(q.shape[1], device=q.device).expand(q.shape[:2])
-        forget, s = gates(gate, where, spec, write, keep, None)
+        turn = None
+        if route is not None:
+            turn = turns(route, where, torch.zeros_like(route[:, 0], dtype=torch.long), None, spec, gate.shape[-1]).turn
+        forget, s = gates(gate, where, spec, write, keep, None, turn)
         act = silu if spec.feature_map == "silu" else lambda x: x
         queries = [None if x is None else act(x) for x in (q, q_sink)]
         call = {
@@ -187,7 +191,7 @@ def spied(model, note: Callable[[int, dict], None]) -> Iterator[None]:
             "spec": spec,
         }
         note(current[-1], {**call, "scale": scale, "groups": q.shape[2] // k.shape[2]})
-        passed = dict(spec=spec, scale=scale, write=write, keep=keep, q_sink=q_sink, positions=positions)
+        passed = dict(spec=spec, scale=scale, write=write, keep=keep, q_sink=q_sink, route=route, positions=positions)
         return original(q, k, v, gate, **passed, **options)
 
     modules = [module for module in model.modules() if isinstance(module, attention_module.GSAttention)]

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -46,7 +46,7 @@ class Entry:
         if not gsa or not gsa.get("ring") or gsa.get("gate") not in CLOCK:
             return False
         write, keep = CLOCK[gsa["gate"]]
-        start = {"f_proj.weight": 0.0, "write": write, "keep": keep}
+        start = {"f_proj.weight": 0.0, "write": write, "keep": keep, "router.weight": 0.0}
         for name in self.source.names():
             value = next((v for key, v in start.items() if name.endswith(f".{key}")), None)
             if value is not None and bool((self.source.tensor(name) != value).any()):
@@ -155,7 +155,8 @@ def load(entry: Entry, dtype: torch.dtype, stored: torch.dtype, device: torch.de
 
 def window_only(model) -> bool:
     """Switch off, in place, what the gates of a clocked GSA model have learned: what is left is its window of the last
-    tokens and the sinks. False, and nothing changed, where no layer has a clock or none has learned anything."""
+    tokens, as many as there are slots, and the sinks. False, and nothing changed, where no layer has a clock or none
+    has learned anything."""
     from t2r.modeling.attention import GSAttention
 
     changed = False
@@ -166,4 +167,6 @@ def window_only(model) -> bool:
         for parameter, value in ((layer.f_proj.weight, 0.0), (layer.write, write), (layer.keep, keep)):
             changed |= bool((parameter != value).any())
             parameter.data.fill_(value)
+        changed |= bool(layer.gsa.long_slots)
+        layer.gsa = replace(layer.gsa, ring=layer.gsa.ring and layer.gsa.slots)
     return changed

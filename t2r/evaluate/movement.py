@@ -30,6 +30,8 @@ def movement(model, original=None) -> dict[tuple[bool, str], dict[int, float]]:
         gsa = isinstance(module, GSAttention)
         start = module.new_tensors() if gsa else {}
         for name, value in module.named_parameters():
+            if name.startswith("router."):  # fitted at conversion: its start is not known
+                continue
             before = start.get(name, known.get(f"{path}.{name}"))
             if before is not None:
                 change = value.detach().float() - before.to(value.device).float()

@@ -62,6 +62,8 @@ class GSAttention:
             if gsa_config.ring:
                 self.write = nn.Parameter(torch.empty(self.kv_heads, gsa_config.slots))
                 self.keep = nn.Parameter(torch.empty(self.kv_heads, gsa_config.slots))
+            if gsa_config.long_slots:
+                self.router = nn.Linear(self.config.hidden_size, self.kv_heads, dtype=weight.dtype)
             if gsa_config.output_norm:
                 self.g_norm = nn.RMSNorm(self.config.num_attention_heads * self.head_dim, eps=1e-5, dtype=weight.dtype)
         self.reset_gsa()
@@ -78,7 +80,7 @@ class GSAttention:
 
     def new_names(self) -> list[str]:
         """Names of the parameters of `add_gsa`."""
-        added = ("f_proj.weight", "write", "keep", "g_norm.weight")
+        added = ("f_proj.weight", "write", "keep", "router.weight", "router.bias", "g_norm.weight")
         return [name for name, _ in self.named_parameters() if name in added]
 
     def new_tensors(self) -> dict[str, Tensor]:
@@ -115,6 +117,7 @@ class GSAttention:
             attention_mask=None,
             past_key_values=None,
             gsa_gate=self.f_proj(hidden_states),
+            gsa_route=self.router(hidden_states) if self.gsa.long_slots else None,
             gsa_context=gsa_context or Context(),
             gsa_memory=None if past_key_values is None else past_key_values.layers[self.layer_idx],
             **kwargs,
@@ -143,6 +146,7 @@ def gsa_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     gsa_gate: Tensor | None = None,
+    gsa_route: Tensor | None = None,
     gsa_context: Context | None = None,
     gsa_memory: SlotCacheLayer | None = None,
     **kwargs,
@@ -157,13 +161,13 @@ def gsa_attention(
         turned, _ = module.rotate(query.float(), key[:, :1].float(), *context.sink_turns[module.turn])
         q_sink = turned.to(q.dtype).transpose(1, 2)
     if context.cu_seqlens is not None and B > 1:
-        rows = (q, k, v, gate, q_sink, positions)
-        q, k, v, gate, q_sink, positions = (None if x is None else x.flatten(0, 1)[None] for x in rows)
+        rows = (q, k, v, gate, q_sink, gsa_route, positions)
+        q, k, v, gate, q_sink, gsa_route, positions = (None if x is None else x.flatten(0, 1)[None] for x in rows)
     memory = None if gsa_memory is None else gsa_memory.state
 
     def read(tokens: slice) -> tuple[Tensor, SlotState | None]:
-        part = (None if x is None else x[:, tokens] for x in (q, k, v, gate, q_sink, positions))
-        q_, k_, v_, gate_, q_sink_, positions_ = part
+        part = (None if x is None else x[:, tokens] for x in (q, k, v, gate, q_sink, gsa_route, positions))
+        q_, k_, v_, gate_, q_sink_, route_, positions_ = part
         return gsa(
             q_,
             k_,
@@ -174,6 +178,7 @@ def gsa_attention(
             write=module.write if config.ring else None,
             keep=module.keep if config.ring else None,
             q_sink=q_sink_,
+            route=route_,
             positions=positions_,
             cu_seqlens=context.cu_seqlens,
             initial_state=memory,

@@ -15,13 +15,14 @@ from t2r.kernels.gsa import GSASpec
 class GSAConfig:
     """All choices of the GSA layers. The first six fields are those of `kernels.gsa.GSASpec`, with its meanings.
 
-    slots: M, memory slots per kv head; those from `ring` on are long slots, which no turn overwrites.
+    slots: M, memory slots per kv head; those from `ring` on are long slots, for the tokens that the layer's router
+        sends there (kernels/gsa/route.py).
     rope: keep the source's rotary embedding on q and k.
     scale: factor on q.K; None is the source's own.
     output_norm: o_proj reads RMSNorm(silu(o)) over all heads (paper eq. 9) instead of o.
     sink_distance: the sinks are read as if at most this many tokens away, so that their rotary distance stays inside
         what the source was trained on however long the text gets (needs rope; None: their true distance).
-    gate_std: standard deviation of the gate projection at conversion; long_gate_std: of its rows for long slots.
+    gate_std: standard deviation of the gate projection at conversion.
     softmax_layers: layers that keep the source's softmax attention and its key-value cache.
     layers: changes of the fields above in single layers, such as {"3": {"slots": 128, "ring": 128}}.
     """
@@ -38,7 +39,6 @@ class GSAConfig:
     output_norm: bool = False
     sink_distance: int | None = None
     gate_std: float = 0.0
-    long_gate_std: float = 0.03
     softmax_layers: list[int] = field(default_factory=list)
     layers: dict[str, dict] = field(default_factory=dict)
 
@@ -75,10 +75,13 @@ class GSAConfig:
         return {i: gsa for i, gsa in every.items() if gsa is not None}
 
     def state_bytes(self, config: PreTrainedConfig) -> int:
-        """Memory of one sequence in the GSA layers, however long: float32 keys, values and occupancy of each slot, and
-        the position. Layers that keep softmax attention come on top (families.window tells for how many tokens)."""
+        """Memory of one sequence in the GSA layers, however long: float32 keys, values and occupancy of each slot, the
+        position, and how many tokens each head has routed. Layers that keep softmax attention come on top
+        (families.window tells for how many tokens)."""
         per_slot = 4 * config.num_key_value_heads * (2 * head_dim(config) + 1)
-        return sum(gsa.slots * per_slot + 8 for gsa in self.gsa_layers(config).values())
+        return sum(
+            gsa.slots * per_slot + 8 * (1 + config.num_key_value_heads) for gsa in self.gsa_layers(config).values()
+        )
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -88,24 +91,20 @@ class GSAConfig:
     ) -> dict[str, torch.Tensor]:
         """The parameters that GSA adds to one attention module, at their starting values, in float32.
 
-        f_proj.weight [H*M, hidden]; with a clock write, keep [H, M]; with output_norm g_norm.weight [heads * head_dim].
-        A long slot starts as a moving average with a half-life of 1 to 32 laps of the ring, modulated by a random gate.
+        f_proj.weight [H*M, hidden]; with a clock write, keep [H, M]; with long slots router.weight [H, hidden] and
+        router.bias [H], which send no token there before they are fitted (t2r.convert.route) or trained; with
+        output_norm g_norm.weight [heads * head_dim].
         """
-        generator = torch.Generator().manual_seed(seed)
-        long = self.long_slots
-        gate = torch.zeros(kv_heads, self.slots, hidden)
-        for rows, std in (
-            (gate[:, : self.slots - long], self.gate_std),
-            (gate[:, self.slots - long :], self.long_gate_std),
-        ):
-            if std and rows.numel():
-                rows.normal_(std=std, generator=generator)
-        tensors = {"f_proj.weight": gate.flatten(0, 1)}
+        gate = torch.zeros(kv_heads * self.slots, hidden)
+        if self.gate_std:
+            gate.normal_(std=self.gate_std, generator=torch.Generator().manual_seed(seed))
+        tensors = {"f_proj.weight": gate}
         if self.ring:
-            half_lives = self.ring * torch.logspace(0, 5, long, base=2.0)
             tensors["write"] = torch.ones(kv_heads, self.slots)
             tensors["keep"] = torch.zeros(kv_heads, self.slots)
-            tensors["keep"][:, self.ring :] = 1 - 0.5 ** (1 / half_lives)
+        if self.long_slots:
+            tensors["router.weight"] = torch.zeros(kv_heads, hidden)
+            tensors["router.bias"] = -torch.ones(kv_heads)
         if self.output_norm:
             tensors["g_norm.weight"] = torch.ones(heads * head_dim)
         return tensors
@@ -132,8 +131,8 @@ PRESETS = {
 
 
 def preset(name: str, slots: int | None = None, sinks: int | None = None, long_slots: int = 0) -> GSAConfig:
-    """A preset with the number of slots (of the ring where there is one) and sinks replaced, and long slots added;
-    UserError where they do not fit."""
+    """A preset with the number of slots and sinks replaced, and long_slots of the slots outside the ring; UserError
+    where they do not fit."""
     if name not in PRESETS:
         raise UserError(
             f"unknown preset {name!r}", where="--preset", nearest=nearest(name, PRESETS) or ", ".join(PRESETS)
@@ -156,12 +155,15 @@ def preset(name: str, slots: int | None = None, sinks: int | None = None, long_s
     if long_slots < 0 or (long_slots and not gsa.ring):
         reason = "cannot be negative" if gsa.ring else f"lie outside a ring, and preset {name!r} has none"
         raise UserError(f"{long_slots} long slots: they {reason}", where="--long-slots", nearest="0")
-    return replace(gsa, slots=gsa.slots + long_slots)
+    if gsa.ring and long_slots >= gsa.slots - gsa.sinks:
+        what = f"{long_slots} long slots of {gsa.slots} leave none for the ring beside {gsa.sinks} sinks"
+        raise UserError(what, where="--long-slots", nearest=str((gsa.slots - gsa.sinks) // 2))
+    return replace(gsa, ring=gsa.ring and gsa.slots - long_slots)
 
 
 def fit_layers(gsa: GSAConfig, source: PreTrainedConfig, slots: dict[int, int], softmax_layers: list[int]) -> GSAConfig:
-    """The record of a conversion of `source`: `gsa` with slots of single layers (of the ring where there is one),
-    layers that keep softmax attention, and what each layer's own window asks for.
+    """The record of a conversion of `source`: `gsa` with slots of single layers (the same share of them long), layers
+    that keep softmax attention, and what each layer's own window asks for.
 
     A layer whose window fits into its ring needs no sinks: a ring of the window's size equals it on any text. In the
     others sinks are read within an eighth of what the layer was trained on: on SmolLM2 anything up to a quarter of the
@@ -175,19 +177,19 @@ def fit_layers(gsa: GSAConfig, source: PreTrainedConfig, slots: dict[int, int], 
         if slots[i] <= gsa.sinks:
             raise UserError(f"{slots[i]} slots are too few in layer {i}", where="--layer-slots", nearest=gsa.slots)
 
-    def fitted(ring_or_slots: int, limit: int | None) -> GSAConfig:
-        ring, sinks, distance = (ring_or_slots if gsa.ring else 0), gsa.sinks, None
-        if ring and limit and ring >= limit:
-            ring = ring_or_slots = limit
+    def fitted(slots: int, limit: int | None) -> GSAConfig:
+        long = gsa.long_slots * slots // gsa.slots
+        ring, sinks, distance = (slots - long if gsa.ring else 0), gsa.sinks, None
+        if ring and limit and slots >= limit:
+            ring = slots = limit
             sinks = 0
         if sinks and gsa.rope:
             distance = max(ring, min(trained_context(source), limit or trained_context(source)) // 8)
-        return replace(gsa, slots=ring_or_slots + gsa.long_slots, ring=ring, sinks=sinks, sink_distance=distance)
+        return replace(gsa, slots=slots, ring=ring, sinks=sinks, sink_distance=distance)
 
-    default = gsa.ring or gsa.slots
-    main, layers = fitted(default, None), {}
+    main, layers = fitted(gsa.slots, None), {}
     for i in sorted(set(range(source.num_hidden_layers)) - set(softmax_layers)):
-        mine = asdict(fitted(slots.get(i, default), window(source, i)))
+        mine = asdict(fitted(slots.get(i, gsa.slots), window(source, i)))
         changes = {name: value for name, value in mine.items() if value != getattr(main, name)}
         if changes:
             layers[str(i)] = changes

@@ -23,7 +23,9 @@ def group_of(name: str) -> str:
     parts = name.split(".")
     if any(part in GATES for part in parts):
         return "gates"
-    return "mixer" if "self_attn" in parts else "body"
+    if "self_attn" in parts:
+        return "router" if "router" in parts else "mixer"
+    return "body"
 
 
 def plain_name(name: str) -> str:
@@ -48,11 +50,11 @@ def parameter_groups(student: nn.Module, config: StageConfig) -> list[dict]:
             used.add(pattern)
             kind, peak = pattern, config.lr.named[pattern]
         else:
-            frozen = config.lora and kind != "gates" and LORA not in name
+            frozen = config.lora and kind in ("mixer", "body") and LORA not in name
             peak = 0.0 if frozen else getattr(config.lr, kind)
         parameter.requires_grad_(peak > 0)
         if peak > 0:
-            decay = config.weight_decay if parameter.dim() >= 2 and group_of(name) != "gates" else 0.0
+            decay = config.weight_decay if parameter.dim() >= 2 and group_of(name) in ("mixer", "body") else 0.0
             group = {"params": [], "name": kind, "peak": peak, "lr": peak, "weight_decay": decay}
             groups.setdefault((kind, decay), group)["params"].append(parameter)
     for pattern in set(config.lr.named) - used:
@@ -117,7 +119,7 @@ def add_adapters(student: nn.Module, lora: LoRAConfig) -> None:
 
     linear = {name.split(".")[-1] for name, module in student.named_modules() if isinstance(module, nn.Linear)}
     for target in lora.targets:
-        if target not in linear - {"f_proj"}:
+        if target not in linear - {"f_proj", "router"}:
             raise UserError(f"lora.targets {target!r} is no linear layer", nearest=nearest(target, linear))
     # peft draws A with the global generator: all processes, and a resumed run, must draw the same
     with torch.random.fork_rng():
