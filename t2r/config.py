@@ -43,19 +43,21 @@ def find(name_or_path: str | Path, folders: Iterable[str] = FOLDERS) -> Path:
     )
 
 
-def read(path: Path) -> dict:
-    """A YAML file as plain data. Raises UserError unless it holds a mapping."""
+def read(path: Path, words: Sequence[str] = ()) -> dict:
+    """A YAML file as plain data, with `key=value` words in it and ${references} resolved after that. Raises UserError
+    unless it holds a mapping."""
     import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        raw = OmegaConf.to_container(OmegaConf.create(path.read_text(encoding="utf-8")), resolve=True)
+        raw = OmegaConf.to_container(OmegaConf.create(path.read_text(encoding="utf-8")))
+        if not isinstance(raw, dict):
+            raise UserError(f"holds {plural(raw)}, not keys and values", where=path)
+        override(raw, words)
+        return OmegaConf.to_container(OmegaConf.create(raw), resolve=True)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"not readable as YAML: {error}", where=path) from error
-    if not isinstance(raw, dict):
-        raise UserError(f"holds {plural(raw)}, not keys and values", where=path)
-    return raw
 
 
 def load(name_or_path: str | Path, schema: type[Schema], overrides: Sequence[str] = ()) -> Schema:
@@ -65,9 +67,7 @@ def load(name_or_path: str | Path, schema: type[Schema], overrides: Sequence[str
     unknown key, a wrong type and a required key that is not there, with the full key, the file and the nearest.
     """
     path = find(name_or_path)
-    raw = read(path)
-    override(raw, overrides)
-    return build(schema, raw, path)
+    return build(schema, read(path, overrides), path, said=[word.partition("=")[0] for word in overrides])
 
 
 def override(raw: dict, words: Iterable[str]) -> None:
@@ -104,8 +104,9 @@ def index(place: object, part: str, key: str) -> int:
     return int(part)
 
 
-def build(schema: type[Schema], raw: object, path: Path, prefix: str = "") -> Schema:
-    """Plain data -> dataclass, each leaf converted and checked by OmegaConf's structured configs."""
+def build(schema: type[Schema], raw: object, path: Path, prefix: str = "", said: Sequence[str] = ()) -> Schema:
+    """Plain data -> dataclass, each leaf converted and checked by OmegaConf's structured configs. said: the keys that
+    the command line gave and not the file."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -114,16 +115,17 @@ def build(schema: type[Schema], raw: object, path: Path, prefix: str = "") -> Sc
     hints, values = typing.get_type_hints(schema), {}
     for key, value in raw.items():
         full = f"{prefix}{key}"
+        where = "command line" if full in said else path
         if key not in hints:
             close = nearest(str(key), hints) or ", ".join(hints)
-            raise UserError(f"unknown key {full!r}", where=path, nearest=close)
+            raise UserError(f"unknown key {full!r}", where=where, nearest=close)
         kind, item = inner(hints[key])
         if is_dataclass(kind) and not (value is None and kind is not hints[key]):
-            values[key] = build(kind, value, path, f"{full}.")
+            values[key] = build(kind, value, path, f"{full}.", said)
         elif kind is list and is_dataclass(item):
             if not isinstance(value, list):
-                raise UserError(f"{full} is {plural(value)}, not a list", where=path)
-            values[key] = [build(item, one, path, f"{full}.{i}.") for i, one in enumerate(value)]
+                raise UserError(f"{full} is {plural(value)}, not a list", where=where)
+            values[key] = [build(item, one, path, f"{full}.{i}.", said) for i, one in enumerate(value)]
         else:
             try:
                 leaf = OmegaConf.structured(one_field(schema.__name__, key, hints[key]))
@@ -133,7 +135,7 @@ def build(schema: type[Schema], raw: object, path: Path, prefix: str = "") -> Sc
                 choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
                 close = nearest(str(value), map(str, choices)) or ", ".join(map(str, choices)) or None
                 raise UserError(
-                    f"{full} is {value!r}, expected {spelled(hints[key])}", where=path, nearest=close
+                    f"{full} is {value!r}, expected {spelled(hints[key])}", where=where, nearest=close
                 ) from error
     required = [f.name for f in fields(schema) if f.default is MISSING and f.default_factory is MISSING]
     for name in required:

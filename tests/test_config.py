@@ -54,7 +54,7 @@ def test_a_variant_comes_before_the_words_of_the_command_line(file):
         ("sorce: a", [], "unknown key 'sorce' (in {}); nearest valid: source"),
         ("source: a\nstages: [{kin: lm}]", [], "unknown key 'stages.0.kin' (in {}); nearest valid: kind"),
         ("source: a\nconvert: {slotz: 1}", [], "unknown key 'convert.slotz' (in {}); nearest valid: slots"),
-        ("source: a", ["convert.prest=exact"], "unknown key 'convert.prest' (in {}); nearest valid: preset"),
+        ("source: a", ["convert.prest=exact"], "unknown key 'convert.prest' (in command line); nearest valid: preset"),
         (
             "source: a\nstages: [{kind: algn, tokens: 1}]",
             [],
@@ -70,6 +70,8 @@ def test_a_variant_comes_before_the_words_of_the_command_line(file):
         ("- 1", [], "holds a list, not keys and values (in {})"),
         ("source: [", [], "not readable as YAML: "),
         ("source: a", ["seed"], "'seed' is not of the form key=value; nearest valid: stages.0.tokens=100000"),
+        (f"source: a\n{STAGE}", ["stages.0.token=1"], "unknown key 'stages.0.token' (in command line)"),
+        (f"source: a\n{STAGE}", ["stages.0.tokens=x"], "stages.0.tokens is 'x', expected"),
         ("source: a", ["source.x=1"], "unknown key 'source.x': nothing lies below 'a' (in command line)"),
         (f"source: a\n{STAGE}", ["stages.1.tokens=1"], "no item '1' of 1 in 'stages.1.tokens' (in command line)"),
     ],
@@ -179,3 +181,14 @@ def test_cuda_without_a_gpu(file, monkeypatch):
 def test_tokens_are_rounded_up_to_whole_steps():
     stage = StageConfig("lm", tokens=1000, batch_tokens=300)
     assert stage.steps == 4
+
+
+def test_references_see_the_command_line(tmp_path):
+    """What a file says by reference to a key follows where the command line gives that key."""
+    file = tmp_path / "c.yaml"
+    file.write_text("source: a\nconvert: {long_slots: 8, long_text: '${data.train}'}\ndata: {train: [x.txt]}\n")
+    assert load(file, RunConfig).convert.long_text == ["x.txt"]
+    assert load(file, RunConfig, ["data.train=[y.txt]"]).convert.long_text == ["y.txt"]
+    file.write_text("source: '${nowhere}'\n")
+    with pytest.raises(UserError, match="nowhere"):
+        load(file, RunConfig)

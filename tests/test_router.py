@@ -84,6 +84,7 @@ def test_a_conversion_with_a_router_is_verified_both_ways(tiny_llama, text, tmp_
         (["--long-share", "1.5"], "a share of 1.5 of a text (in --long-share); nearest valid: 0.125"),
         (["--long-slots", "14"], "14 long slots of 16 leave none for the ring beside 2 sinks"),
         (["--long-slots", "4", "--long-text", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--long-slots", "4", "--long-text", "pyproject.toml"], "pyproject.toml"),
     ],
 )
 def test_what_cannot_be_is_one_line(words, message, tiny_llama, tmp_path, capsys):

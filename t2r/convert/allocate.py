@@ -129,8 +129,9 @@ class Allocation(NamedTuple):
         return ",".join(parts)
 
 
-def blocks(tokenizer, specs: Sequence[str], texts: int, context: int) -> Tensor:
-    """ids [N,T]: the first `context` tokens of the first `texts` documents that have so many."""
+def blocks(tokenizer, specs: Sequence[str], texts: int, context: int, otherwise: str = "a smaller --context") -> Tensor:
+    """ids [N,T]: the first `context` tokens of the first `texts` documents that have so many. otherwise: what a user
+    could do where none has."""
     found = []
     for source in resolve(specs):
         for document in source.documents("text"):
@@ -140,7 +141,7 @@ def blocks(tokenizer, specs: Sequence[str], texts: int, context: int) -> Tensor:
             if len(found) == texts:
                 return torch.tensor(found)
     if not found:
-        raise UserError(f"no document of {context} tokens", where=", ".join(specs), nearest="a smaller --context")
+        raise UserError(f"no document of {context} tokens", where=", ".join(specs), nearest=otherwise)
     return torch.tensor(found)
 
 

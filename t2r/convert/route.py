@@ -37,7 +37,8 @@ def fit_routers(source: Source, gsa: dict[int, GSAConfig], share: float, text: S
     share: of a text's tokens that each head sends to its long slots. text: as DataConfig.train. On a GPU if there is
     one and the memory to load the source, else a layer at a time. Raises UserError where no text is long enough.
     """
-    ids = blocks(source.load_tokenizer(), text, TEXTS, min(CONTEXT, trained_context(source.config)))
+    context = min(CONTEXT, trained_context(source.config))
+    ids = blocks(source.load_tokenizer(), text, TEXTS, context, otherwise="--long-text shipped:train")
     layers = {i: layer for i, layer in gsa.items() if layer.long_slots}
     size = torch.bfloat16.itemsize * sum(torch.Size(source.shape(name)).numel() for name in source.names())
     ram = available_ram()
