@@ -83,3 +83,20 @@ def test_the_gradient_of_route_is_that_of_a_soft_share_of_both_turns():
     (expected,) = torch.autograd.grad((o * weights).sum(), args["route"])
     assert (expected[:, 3:-1] != 0).all() and (mine[:, :3] == 0).all()
     torch.testing.assert_close(mine, expected, atol=1e-12, rtol=1e-9)
+
+
+def test_routing_goes_through_torch_compile():
+    """One graph, the values and gradients of eager mode."""
+    args, _ = draw(HARD, 2, 70, 2, 2, 8, M, dtype=torch.float32, seed=8)
+
+    def run(*tensors):
+        named = dict(zip(args, tensors, strict=True))
+        return gsa(**named, spec=HARD, scale=0.3, backend="torch")[0].square().sum()
+
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    for value, expected in zip(
+        torch.autograd.grad(compiled(*args.values()), args.values()),
+        torch.autograd.grad(run(*args.values()), args.values()),
+        strict=True,
+    ):
+        torch.testing.assert_close(value, expected, atol=1e-5, rtol=1e-4)

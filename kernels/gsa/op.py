@@ -83,7 +83,7 @@ def gsa(
     turn, routed = None, None if state is None else state.routed
     if route is not None:
         turn, other, chosen, routed = turns(route, positions, routed, cu_seqlens, spec, M)
-        gate = StraightThrough.apply(gate, route, turn, other, chosen, positions, spec)
+        gate = StraightThrough.apply(gate, route, turn, other, chosen, positions, spec.damping, spec.sinks)
     if backend == "triton":
         from .fused import fused
 

@@ -53,12 +53,12 @@ def turns(
 
 class StraightThrough(torch.autograd.Function):
     """The gate logits as they are, with a gradient for `route` (see above; spec.gate "linear", as if write - keep were
-    1). gate [B,T,H,M], route, turn, other, chosen [B,T,H], positions [B,T]."""
+    1). gate [B,T,H,M], route, turn, other, chosen [B,T,H], positions [B,T]; damping and sinks of the spec."""
 
     @staticmethod
-    def forward(ctx, gate, route, turn, other, chosen, positions, spec: GSASpec):
+    def forward(ctx, gate, route, turn, other, chosen, positions, damping: float, sinks: int):
         ctx.save_for_backward(route, turn, other, chosen, positions)
-        ctx.spec = spec
+        ctx.damping, ctx.sinks = damping, sinks
         return gate.view_as(gate)
 
     @staticmethod
@@ -68,6 +68,6 @@ class StraightThrough(torch.autograd.Function):
         taken, left = grad.gather(-1, at).to(torch.promote_types(grad.dtype, torch.float32)).unbind(-1)
         soft = torch.sigmoid(route.to(taken.dtype))
         towards_long = torch.where(chosen, taken - left, left - taken)
-        free = (positions >= ctx.spec.sinks)[..., None]
-        d_route = torch.where(free, ctx.spec.damping * towards_long * soft * (1 - soft), 0.0)
-        return grad, d_route.to(route.dtype), None, None, None, None, None
+        free = (positions >= ctx.sinks)[..., None]
+        d_route = torch.where(free, ctx.damping * towards_long * soft * (1 - soft), 0.0)
+        return grad, d_route.to(route.dtype), *(6 * [None])
