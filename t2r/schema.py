@@ -257,6 +257,8 @@ def check(config: RunConfig, where: object = None) -> None:
 
     for i, stage in enumerate(config.stages):
         check_stage(stage, config, f"stages.{i}", wrong)
+    if not 0 < config.convert.long_share < 1:
+        wrong("convert.long_share", f"is {config.convert.long_share}, it must lie between 0 and 1", 0.125)
     check_data(config, wrong)
     check_deepspeed(config.deepspeed, wrong)
     if config.compare:

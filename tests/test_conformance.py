@@ -99,6 +99,10 @@ def test_a_hybrid_is_verified_and_describes_itself(gemma, tmp_path, capsys):
         (["--layer-slots", "0:12"], "'0:12' is no layer"),
         (["--layer-slots", "1=x"], "'x' is no number of slots"),
         (["--layer-slots", "1=3"], "3 slots are too few in layer 1"),
+        (
+            ["--slots", "16", "--sinks", "4", "--long-slots", "8", "--layer-slots", "1=8"],
+            "8 slots are too few in layer 1",
+        ),
         (["--layer-slots", "1=8", "--keep-softmax", "1"], "layer 1 keeps softmax attention"),
         (["--long-slots", "-1"], "-1 long slots"),
     ],

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from t2r.cli import main
+from t2r.convert import convert
 from t2r.convert.checks import undecided
 from t2r.convert.route import FLOOR, distances, fit, read_later
 from t2r.convert.source import open_source
 from t2r.convert.verify import load_gsa
+from t2r.evaluate.models import open_models, window_only
 
 
 @pytest.mark.parametrize("reach", [None, 20])
@@ -64,7 +66,7 @@ def test_a_conversion_with_a_router_is_verified_both_ways(tiny_llama, text, tmp_
     ids = torch.tensor([[5 + i * i % 40 for i in range(90)]])
     mixers, shares = [layer.self_attn for layer in model.model.layers], []
     for mixer in mixers:
-        mixer.router.register_forward_hook(lambda module, args, output: shares.append(output > 0))
+        mixer.router.register_forward_hook(lambda module, args, output: shares.append(output))
     with torch.inference_mode():
         model(ids)
         shifts = undecided(model, ids)
@@ -73,9 +75,28 @@ def test_a_conversion_with_a_router_is_verified_both_ways(tiny_llama, text, tmp_
             model.get_parameter(name).add_(shift)
         model(ids)
     before, after = shares[: len(mixers)], shares[len(mixers) :]
-    assert any(chosen.any() and not chosen.all() for chosen in before)
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    assert len(shifts) == len(mixers) and all(shift.shape == (2,) for shift in shifts.values())
+    assert any((x > 0).any() and not (x > 0).all() for x in before)
+    for a, b in zip(before, after, strict=True):
+        assert torch.equal(a > 0, b > 0)  # no choice has changed, and 0 lies in the middle of its gap
+        for x in b[0].T:
+            if (x > 0).any() and not (x > 0).all():
+                torch.testing.assert_close(x[x > 0].min(), -x[x <= 0].max(), atol=1e-5, rtol=0)
+
+
+@torch.inference_mode()
+def test_what_is_left_without_the_router_is_a_window_of_all_slots(tiny_llama, text, tmp_path):
+    models = {}
+    for name, long in {"routed": 6, "window": 0}.items():
+        convert(str(tiny_llama), str(tmp_path / name), slots=16, sinks=2, long_slots=long, verify=False,
+                long_share=0.25, long_text=[str(text)])  # fmt: skip
+        models[name] = load_gsa(open_source(tmp_path / name))
+    entries = open_models([str(tmp_path / name) for name in models])
+    assert [entry.has_learned() for entry in entries] == [True, False]
+    ids = torch.tensor([[5 + i * i % 40 for i in range(90)]])
+    expected = models["window"](ids).logits
+    assert (models["routed"](ids).logits - expected).abs().max() > 1e-3
+    assert window_only(models["routed"])
+    torch.testing.assert_close(models["routed"](ids).logits, expected)
 
 
 @pytest.mark.parametrize(
@@ -84,11 +105,13 @@ def test_a_conversion_with_a_router_is_verified_both_ways(tiny_llama, text, tmp_
         (["--long-share", "1.5"], "a share of 1.5 of a text (in --long-share); nearest valid: 0.125"),
         (["--long-slots", "14"], "14 long slots of 16 leave none for the ring beside 2 sinks"),
         (["--long-slots", "4", "--long-text", "nowhere.jsonl"], "nowhere.jsonl"),
-        (["--long-slots", "4", "--long-text", "pyproject.toml"], "pyproject.toml"),
+        (["--long-slots", "4", "--long-text", "short.jsonl"], "nearest valid: --long-text shipped:train"),
     ],
 )
-def test_what_cannot_be_is_one_line(words, message, tiny_llama, tmp_path, capsys):
-    out = tmp_path / "out"
+def test_what_cannot_be_is_one_line(words, message, tiny_llama, tmp_path, tmp_path_factory, capsys, monkeypatch):
+    out, here = tmp_path / "out", tmp_path_factory.mktemp("here")
+    (here / "short.jsonl").write_text(json.dumps({"text": "too short"}) + "\n")
+    monkeypatch.chdir(here)
     assert main(["convert", str(tiny_llama), str(out), "--slots", "16", "--sinks", "2", *words]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") <= 2 and not list(tmp_path.iterdir())

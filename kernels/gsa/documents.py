@@ -32,12 +32,18 @@ def document_count(B: int, cu_seqlens: Tensor | None) -> int:
     return B if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
+def document_of(cu_seqlens: Tensor, total: int) -> Tensor:
+    """Document [total] of each token."""
+    index = torch.arange(total, device=cu_seqlens.device)
+    return torch.searchsorted(cu_seqlens[1:], index, right=True)
+
+
 def count_positions(first: Tensor, B: int, T: int, cu_seqlens: Tensor | None) -> Tensor:
     """Positions [B,T] of tokens that continue N documents at positions `first` [N]."""
     index = torch.arange(T, device=first.device)
     if cu_seqlens is None:
         return first[:, None] + index
-    document = torch.searchsorted(cu_seqlens[1:], index, right=True)
+    document = document_of(cu_seqlens, T)
     return (index - cu_seqlens[document] + first[document])[None]
 
 
@@ -46,9 +52,7 @@ def end_positions(first: Tensor, positions: Tensor, cu_seqlens: Tensor | None) -
     ends = positions.to(first.dtype) + 1
     if cu_seqlens is None:
         return torch.maximum(first, ends.amax(dim=1))
-    index = torch.arange(positions.shape[1], device=first.device)
-    document = torch.searchsorted(cu_seqlens[1:], index, right=True)
-    return first.scatter_reduce(0, document, ends[0], reduce="amax")
+    return first.scatter_reduce(0, document_of(cu_seqlens, positions.shape[1]), ends[0], reduce="amax")
 
 
 def chunk_table(cu_seqlens: Tensor, total: int, chunk: int) -> tuple[Tensor, Tensor]:

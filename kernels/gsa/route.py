@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .documents import document_of, remembered
 from .spec import GSASpec
 
 
@@ -40,8 +41,7 @@ def turns(
         earlier, total = before[:, None], before + count[:, -1]
     else:
         count = torch.nn.functional.pad(count[0], (0, 0, 1, 0))  # [T+1,H]: of the tokens before each
-        index = torch.arange(route.shape[1], device=route.device)
-        document = torch.searchsorted(cu_seqlens[1:], index, right=True)
+        document = remembered(document_of, cu_seqlens, route.shape[1])
         earlier, total = (before - count[cu_seqlens[:-1]])[document][None], before + count[cu_seqlens].diff(dim=0)
         count = count[1:][None]
     routed = earlier + count - chosen.long()

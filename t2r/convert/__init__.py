@@ -61,8 +61,6 @@ def convert(
     from t2r.errors import UserError
     from t2r.publish import model_card
 
-    if not 0 < long_share < 1:
-        raise UserError(f"a share of {long_share} of a text", where="--long-share", nearest="0.125")
     if not dry_run:
         check_absent(out)
     opened = open_source(source)
@@ -75,6 +73,8 @@ def convert(
             raise UserError(what, where=opened.path, nearest="--preset paper")
         plan = import_plan(opened, dtype)
     else:
+        if not 0 < long_share < 1:
+            raise UserError(f"a share of {long_share} of a text", where="--long-share", nearest="0.125")
         plan = make_plan(opened, preset or "exact", slots, sinks, dtype, long_slots, layer_slots, keep_softmax)
     print(plan, flush=True)
     if dry_run:

@@ -42,15 +42,14 @@ def undecided(model, ids: Tensor) -> dict[str, Tensor]:
 
     The bias moves to the middle between the two outputs next to 0, which changes no choice: two ways of reading the
     text could otherwise differ, rightly, by a whole token."""
-    shifts = {}
+    shifts, names = {}, {module: name for name, module in model.named_modules()}
 
     def middle(module, args, kwargs, output) -> None:
         outputs = module.router(kwargs["hidden_states"]).float()[0]
         least = torch.where(outputs > 0, outputs, torch.inf).amin(0)
         most = torch.where(outputs > 0, -torch.inf, outputs).amax(0)
         shift = -(least + most) / 2
-        name = next(name for name, other in model.named_modules() if other is module)
-        shifts[f"{name}.router.bias"] = torch.where(shift.isfinite(), shift, 0.0)
+        shifts[f"{names[module]}.router.bias"] = torch.where(shift.isfinite(), shift, 0.0)
 
     routed = [mixer for mixer in gsa_mixers(model).values() if mixer.gsa.long_slots]
     with hooked(routed, after=middle):

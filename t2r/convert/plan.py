@@ -72,8 +72,14 @@ class Plan:
 
     @property
     def ram_bytes(self) -> int:
+        """Two tensors in float32; to fit routers, what a layer makes of all texts: four times its input and three times
+        the width of its MLP."""
+        from t2r.convert.route import CONTEXT, TEXTS
+
         largest = max(torch.Size(e.shape).numel() for e in self.entries)
-        return MEMORY_FLOOR + 2 * 4 * largest
+        width = 4 * self.config.hidden_size + 3 * getattr(self.config, "intermediate_size", 0)
+        texts = any(".router." in name for name in self.new_tensors) * TEXTS * CONTEXT * width
+        return MEMORY_FLOOR + 4 * (2 * largest + texts)
 
     @property
     def verify_ram_bytes(self) -> int:

@@ -171,15 +171,18 @@ def fit_layers(gsa: GSAConfig, source: PreTrainedConfig, slots: dict[int, int], 
     """
     if set(softmax_layers) >= set(range(source.num_hidden_layers)):
         raise UserError("every layer would keep softmax attention", where="--keep-softmax")
+
+    def long_of(slots: int) -> int:
+        return gsa.long_slots * slots // gsa.slots
+
     for i in sorted(slots):
         if i in softmax_layers:
             raise UserError(f"layer {i} keeps softmax attention and has no slots", where="--layer-slots")
-        if slots[i] <= gsa.sinks:
+        if slots[i] - long_of(slots[i]) <= gsa.sinks:
             raise UserError(f"{slots[i]} slots are too few in layer {i}", where="--layer-slots", nearest=gsa.slots)
 
     def fitted(slots: int, limit: int | None) -> GSAConfig:
-        long = gsa.long_slots * slots // gsa.slots
-        ring, sinks, distance = (slots - long if gsa.ring else 0), gsa.sinks, None
+        ring, sinks, distance = (slots - long_of(slots) if gsa.ring else 0), gsa.sinks, None
         if ring and limit and slots >= limit:
             ring = slots = limit
             sinks = 0
