@@ -22,7 +22,7 @@ NAMES = (
     "Harold Betty Jacob Susan Kevin Rachel Luke Monica Norman Paula Roger Sandra Stanley Teresa Vincent Wendy Xavier "
     "Yvonne Albert Brenda Charles Doris Edward Fiona Gerald Hannah Isaac Joyce Keith Lydia Miles Naomi Owen Penny Quinn"
 ).split()
-FACT = "\nThe code of {} is"
+FACT = "\nCode of {}:"  # a small source recalls this twice as often as "The code of {} is" (docs/LOG.md)
 
 
 class Fact(NamedTuple):
@@ -43,7 +43,7 @@ class Stop(NamedTuple):
 
 @dataclass
 class Recall(Task):
-    """A stream of real text in which every stretch of `every` tokens ends with a fact ("The code of Maria is 4821.").
+    """A stream of real text in which every stretch of `every` tokens ends with a fact ("Code of Maria: 4821.").
     At each of `distances` tokens after a fact the model is asked for it, aside: then it reads on as if it had not been.
 
     items: the number of facts that are asked for, each at all distances. data, field: the text. seed: of the facts.
@@ -57,8 +57,8 @@ class Recall(Task):
     seed: int = 0
 
     about: ClassVar[str] = (
-        'Share of four-digit codes that come back exactly, by the number of tokens between a fact ("The code of Maria '
-        'is 4821.") and the question for it ("The code of Maria is"), in real text with many such facts.'
+        'Share of four-digit codes that come back exactly, by the number of tokens between a fact ("Code of Maria: '
+        '4821.") and the question for it ("Code of Maria:"), in real text with many such facts.'
     )
     plot: ClassVar[Plot] = Plot("Recall by distance", "distance to the question (tokens)", "recalled exactly")
 

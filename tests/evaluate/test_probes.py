@@ -24,9 +24,9 @@ def test_a_needle_lies_at_its_depth(tokenizer):
             tokenizer.decode(ids)
             for ids in (probe.passage.ids[: probe.passage.start], probe.passage.ids[probe.passage.start :])
         )
-        hay, question = text.rsplit("\nThe code of ", 1)
-        name = question.removesuffix(" is")
-        fact = f"\nThe code of {name} is{answer}.\n"
+        hay, question = text.rsplit("\nCode of ", 1)
+        name = question.removesuffix(":")
+        fact = f"\nCode of {name}:{answer}.\n"
         assert len(hay.encode()) == probe.x and hay.count(fact) == 1
         before = len(hay[: hay.index(fact)].encode())
         assert before == round((i % 3) / 2 * (probe.x - len(fact)))
