@@ -1,9 +1,11 @@
 """Routing between the two rings: the turns against a count by hand, what the memory then is, and its gradient."""
 
+import pytest
 import torch
 from gsa_cases import LONG_SLOTS, draw
 
 from t2r.kernels.gsa import GSASpec, gsa
+from t2r.kernels.gsa.documents import document_of
 from t2r.kernels.gsa.route import turns
 
 HARD = GSASpec(gate="linear", damping=512.0, ring=10, sinks=3, occupancy=True)
@@ -100,3 +102,11 @@ def test_routing_goes_through_torch_compile():
         strict=True,
     ):
         torch.testing.assert_close(value, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.gpu
+def test_packed_documents_are_found_by_a_compiled_graph():
+    """Compiled for a GPU by torch 2.11, searchsorted forgets where a view of its boundaries begins."""
+    cu_seqlens = torch.tensor([0, 5, 5, 17, 40], device="cuda")
+    found = torch.compile(lambda bounds: document_of(bounds, 40))(cu_seqlens)
+    assert found.tolist() == 5 * [0] + 12 * [2] + 23 * [3]

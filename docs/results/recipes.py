@@ -24,6 +24,7 @@ def run() -> int:
     parser.add_argument("recipes", nargs="*", default=["commonsense", "recall", "long", "mmlu"])
     parser.add_argument("--models", type=Path, default=Path("runs/recipes-models"))
     parser.add_argument("--minutes", type=float, default=0)
+    parser.add_argument("--without", nargs="*", default=[], help="models to leave out")
     arguments, options = parser.parse_known_args()
     signal.signal(signal.SIGALRM, signal.default_int_handler)  # as if by Ctrl-C
     signal.setitimer(signal.ITIMER_REAL, 60 * arguments.minutes)
@@ -37,6 +38,8 @@ def run() -> int:
         "hybrid": ["--slots", "64", "--keep-softmax", every_third],
         "routed-64": ["--slots", "64", "--long-slots", "32"],
     }.items():
+        if name in arguments.without:
+            continue
         folder = arguments.models / name
         if not folder.exists() and (code := main(["convert", arguments.teacher, str(folder), "--no-verify", *how])):
             return code

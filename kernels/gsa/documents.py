@@ -35,7 +35,8 @@ def document_count(B: int, cu_seqlens: Tensor | None) -> int:
 def document_of(cu_seqlens: Tensor, total: int) -> Tensor:
     """Document [total] of each token."""
     index = torch.arange(total, device=cu_seqlens.device)
-    return torch.searchsorted(cu_seqlens[1:], index, right=True)
+    # not in cu_seqlens[1:]: compiled by torch 2.11 for a GPU, searchsorted takes that view for the whole tensor
+    return torch.searchsorted(cu_seqlens, index, right=True) - 1
 
 
 def count_positions(first: Tensor, B: int, T: int, cu_seqlens: Tensor | None) -> Tensor:
@@ -61,7 +62,7 @@ def chunk_table(cu_seqlens: Tensor, total: int, chunk: int) -> tuple[Tensor, Ten
     lengths = cu_seqlens.diff()
     bounds = torch.cat([lengths.new_zeros(1), (lengths + chunk - 1).div(chunk, rounding_mode="floor").cumsum(0)])
     index = torch.arange(total // chunk + lengths.shape[0], device=cu_seqlens.device)
-    document = torch.searchsorted(bounds[1:], index, right=True).clamp(max=lengths.shape[0] - 1)
+    document = (torch.searchsorted(bounds, index, right=True) - 1).clamp(max=lengths.shape[0] - 1)
     begin = cu_seqlens[document] + (index - bounds[document]) * chunk
     count = (cu_seqlens[document + 1] - begin).clamp(max=chunk)
     used = index < bounds[-1]
