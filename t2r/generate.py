@@ -35,7 +35,7 @@ def generate(
     from t2r.convert.source import open_source
     from t2r.evaluate.efficiency import cache_bytes
     from t2r.evaluate.models import pick_device
-    from t2r.modeling.cache import SlotCacheLayer
+    from t2r.modeling.cache import CACHE, SlotCacheLayer
 
     source = open_source(model)
     if source.is_quantised:
@@ -64,7 +64,7 @@ def generate(
         # greedy decoding reads none of these; left at the model's defaults they only raise warnings
         network.generation_config.update(temperature=None, top_p=None, top_k=None)
     network.generate(
-        **inputs.to(device), max_new_tokens=max_new_tokens, streamer=streamer, past_key_values=cache, **sampling
+        **inputs.to(device), max_new_tokens=max_new_tokens, streamer=streamer, **{CACHE: cache}, **sampling
     )
     constant = all(isinstance(layer, SlotCacheLayer) for layer in cache.layers)
     kind = "state, the same at any length" if constant else "cache, growing with the text"

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import t2r  # noqa: F401
 from t2r.modeling.attention import GSAttention
+from t2r.modeling.cache import CACHE
 from t2r.modeling.configuration import CONFIG_CLASSES, preset
 
 SIZES = {
@@ -59,7 +60,7 @@ def same(a, b, atol=1e-4):
 
 def read(model, ids, cuts, cache):
     """Logits of ids [B, T] from the first cut to the last, read from cut to cut into `cache`."""
-    return torch.cat([model(ids[:, a:b], past_key_values=cache).logits for a, b in pairwise(cuts)], dim=1)
+    return torch.cat([model(ids[:, a:b], **{CACHE: cache}).logits for a, b in pairwise(cuts)], dim=1)
 
 
 def padded(rows, left):

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from t2r.errors import UserError
-from t2r.modeling.cache import SlotCacheLayer
+from t2r.modeling.cache import CACHE, SlotCacheLayer
 from t2r.modeling.configuration import CONFIG_CLASSES, GSAConfig, fit_layers, preset
 
 
@@ -96,16 +96,16 @@ def test_long_slots_are_empty_until_a_router_fills_them():
 def test_state_size_is_constant_and_forks(name):
     model, cache, sizes = student_model(name), DynamicCache(), []
     for _ in range(3):
-        model(tokens(1, 50), past_key_values=cache)
+        model(tokens(1, 50), **{CACHE: cache})
         sizes.append(sum(layer.nbytes for layer in cache.layers if isinstance(layer, SlotCacheLayer)))
     slots = [gsa.slots for gsa in model.model.gsa_layers.values()]
     assert sizes == [sum(4 * 2 * m * (16 + 16 + 1) + 8 + 2 * 8 for m in slots)] * 3
     assert sizes[0] == GSAConfig.of(model.config).state_bytes(model.config)
     fork = copy.deepcopy(cache)
     a, b = tokens(1, 20, seed=1), tokens(1, 20, seed=2)
-    want = model(b, past_key_values=copy.deepcopy(cache)).logits
-    model(a, past_key_values=fork)
-    same(model(b, past_key_values=cache).logits, want, atol=0)
+    want = model(b, **{CACHE: copy.deepcopy(cache)}).logits
+    model(a, **{CACHE: fork})
+    same(model(b, **{CACHE: cache}).logits, want, atol=0)
     if len(slots) == 2:  # keys and values are emptied by newer versions of transformers only
         cache.reset()
-        same(model(b, past_key_values=cache).logits, model(b).logits)
+        same(model(b, **{CACHE: cache}).logits, model(b).logits)

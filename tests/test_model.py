@@ -10,7 +10,7 @@ from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, StaticCa
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from t2r.kernels.gsa import GSASpec, gsa
-from t2r.modeling.cache import SlotCacheLayer
+from t2r.modeling.cache import CACHE, SlotCacheLayer
 from t2r.modeling.configuration import GSAConfig
 
 CASES = pytest.mark.parametrize("model", STUDENTS, indirect=True)
@@ -72,7 +72,7 @@ def test_padding_on_either_side_changes_nothing(model):
         if left:
             cache, parts = DynamicCache(), []
             for a, b in ((0, 70), (70, 71), (71, 90)):
-                parts.append(model(batch[:, a:b], attention_mask=mask[:, :b], past_key_values=cache).logits)
+                parts.append(model(batch[:, a:b], attention_mask=mask[:, :b], **{CACHE: cache}).logits)
             same_where(mask, torch.cat(parts, dim=1), alone)
 
 
@@ -97,7 +97,7 @@ def test_packed_documents_are_read_alone(model):
         with pytest.raises(ValueError, match="cannot go on in the next row"):
             model(rows, cu_seq_lens_q=bounds, use_cache=False)
     with pytest.raises(ValueError, match="one or the other"):
-        model(ids, cu_seq_lens_q=bounds, past_key_values=DynamicCache())
+        model(ids, cu_seq_lens_q=bounds, **{CACHE: DynamicCache()})
 
 
 GENERATION = {
@@ -139,9 +139,9 @@ def test_left_padded_generation_equals_each_alone(model):
 def test_generation_continues_from_a_cache(model):
     ids = tokens(1, 30)
     cache = DynamicCache(config=model.config)
-    first = model.generate(ids, max_new_tokens=10, do_sample=False, past_key_values=cache)
+    first = model.generate(ids, max_new_tokens=10, do_sample=False, **{CACHE: cache})
     longer = torch.cat([first, tokens(1, 9, seed=5)], dim=1)
-    went_on = model.generate(longer, max_new_tokens=10, do_sample=False, past_key_values=cache)
+    went_on = model.generate(longer, max_new_tokens=10, do_sample=False, **{CACHE: cache})
     assert torch.equal(went_on, model.generate(longer, max_new_tokens=10, do_sample=False))
 
 
@@ -178,13 +178,13 @@ def test_crop_takes_back_tokens(model):
     ids = tokens(1, 60)
     for remove in (0, 1, 12, 20, 33):
         cache = DynamicCache(config=model.config)
-        model(ids[:, :20], past_key_values=cache)
+        model(ids[:, :20], **{CACHE: cache})
         cache.activate_past_recording()
-        model(ids[:, 20:40], past_key_values=cache)
-        model(ids[:, 40:53], past_key_values=cache)
+        model(ids[:, 20:40], **{CACHE: cache})
+        model(ids[:, 40:53], **{CACHE: cache})
         cache.crop(-remove)
         assert cache.get_seq_length() == 53 - remove
-        same(model(ids[:, 53:], past_key_values=cache).logits, kept(model, ids, 53 - remove))
+        same(model(ids[:, 53:], **{CACHE: cache}).logits, kept(model, ids, 53 - remove))
         with pytest.raises(ValueError, match="more than were recorded"):
             cache.crop(-30)
 
@@ -196,9 +196,9 @@ def kept(model, ids, n):
 
 def test_a_cache_of_another_model_is_refused():
     ids = tokens(1, 5)
-    cache = teacher_model()(ids, use_cache=True).past_key_values
+    cache = teacher_model()(ids, use_cache=True)[CACHE]
     with pytest.raises(ValueError, match="keys and values of another model"):
-        student_model()(ids, past_key_values=cache)
+        student_model()(ids, **{CACHE: cache})
 
 
 @torch.no_grad()

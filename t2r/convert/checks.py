@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from t2r.families import FAMILIES
+from t2r.modeling.cache import CACHE
 from t2r.modeling.configuration import GSAConfig
 
 
@@ -34,7 +35,7 @@ def softmax_check(model, ids: Tensor, logits: Tensor) -> Check:
 
 def read(model, ids: Tensor, cuts: list[int], cache) -> Tensor:
     """Logits of ids [B,T] from the first cut to the last, read from cut to cut into `cache`."""
-    return torch.cat([model(ids[:, a:b], past_key_values=cache).logits for a, b in pairwise(cuts)], dim=1)
+    return torch.cat([model(ids[:, a:b], **{CACHE: cache}).logits for a, b in pairwise(cuts)], dim=1)
 
 
 def undecided(model, ids: Tensor) -> dict[str, Tensor]:
@@ -151,7 +152,7 @@ def read_mixer(module, x: Tensor, kwargs: dict, positions: Tensor, cuts: list[in
             **kwargs,
             "hidden_states": x[:, a:b],
             "position_embeddings": part(kwargs["position_embeddings"], a, b),
-            "past_key_values": cache,
+            CACHE: cache,
             "gsa_context": Context(positions[:, a:b], sink_turns={i: part(turn, a, b) for i, turn in turns.items()}),
         }
         outputs.append(module.forward(**given)[0])

@@ -13,6 +13,7 @@ from t2r.evaluate.statistics import Metric
 from t2r.evaluate.task import Outcome, Place, Plot, Task
 from t2r.families import head_dim, window
 from t2r.modeling import GSAConfig
+from t2r.modeling.cache import CACHE
 
 
 def cache_bytes(cache) -> int:
@@ -62,7 +63,7 @@ class Memory(Task):
 
         itemsize = model.dtype.itemsize
         cache = DynamicCache(config=model.config)
-        model(some_tokens(model, self.check_at), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(some_tokens(model, self.check_at), **{CACHE: cache}, use_cache=True, logits_to_keep=1)
         measured, computed = cache_bytes(cache), state_bytes(model.config, self.check_at, itemsize)
         metrics = [
             Metric(f"{length:,} tokens", "bytes", state_bytes(model.config, length, itemsize), x=length)
@@ -144,7 +145,7 @@ def greedy(model, ids: Tensor, new: int, end: int | None = None) -> tuple[list[i
     cache, tokens, stamps = DynamicCache(config=model.config), [], []
     start = time.perf_counter()
     while len(tokens) < new and (not tokens or tokens[-1] != end):
-        logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = model(ids, **{CACHE: cache}, use_cache=True, logits_to_keep=1).logits
         ids = logits[:, -1].argmax(-1, keepdim=True)
         tokens.append(ids.item())  # waits for the device
         stamps.append(time.perf_counter() - start)

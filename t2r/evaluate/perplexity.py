@@ -14,6 +14,7 @@ from t2r.errors import UserError
 from t2r.evaluate.scoring import batches, losses
 from t2r.evaluate.statistics import perplexity
 from t2r.evaluate.task import Outcome, Place, Plot, Task, locate, rows, take
+from t2r.modeling.cache import CACHE
 
 SEGMENT = 512  # tokens whose logits are in memory at once
 
@@ -25,7 +26,7 @@ def in_segments(model, ids: Tensor, segment: int) -> Iterator[Tensor]:
 
     cache = DynamicCache(config=model.config)
     for read in ids[:, :-1].to(model.device).split(segment, dim=1):
-        yield model(read, past_key_values=cache, use_cache=True).logits
+        yield model(read, **{CACHE: cache}, use_cache=True).logits
 
 
 @torch.inference_mode()

@@ -14,6 +14,7 @@ from t2r.errors import UserError
 from t2r.evaluate.scoring import losses
 from t2r.evaluate.statistics import share
 from t2r.evaluate.task import Outcome, Place, Plot, Task, locate, rows, take
+from t2r.modeling.cache import CACHE
 
 NAMES = (
     "Maria Peter Anna Thomas Julia Martin Laura Robert Helen George Alice Frank Nora Henry Clara Victor Emma Oscar "
@@ -114,7 +115,7 @@ class Recall(Task):
         cache, records = DynamicCache(config=model.config), []
         for read, asks in items:
             ids = torch.tensor([read], device=model.device)
-            model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(ids, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
             for (distance, fact), (loss, hit) in zip(asks, answers(model, cache, asks), strict=True):
                 records.append({"distance": distance, "name": fact.name, "value": fact.value, "loss": loss, "hit": hit})
         metrics = []
@@ -152,7 +153,7 @@ def answers(model, cache, asks: list[tuple[int, Fact]]) -> list[tuple[float, boo
     ids = torch.zeros(len(asks), max(map(len, texts)) - 1, dtype=torch.long)
     for row, text in enumerate(texts):
         ids[row, : len(text) - 1] = torch.tensor(text[:-1])
-    logits = model(ids.to(model.device), past_key_values=fork, use_cache=True).logits
+    logits = model(ids.to(model.device), **{CACHE: fork}, use_cache=True).logits
     results = []
     for row, (_, fact) in enumerate(asks):
         first = len(fact.question) - 1

@@ -11,6 +11,7 @@ from t2r.errors import UserError
 from t2r.evaluate.efficiency import cache_bytes, some_tokens
 from t2r.evaluate.statistics import Metric
 from t2r.evaluate.task import Outcome, Place, Plot, Task
+from t2r.modeling.cache import CACHE
 
 
 @dataclass
@@ -93,7 +94,7 @@ class Throughput(Task):
             torch.cuda.reset_peak_memory_stats(model.device)
         cache, start = DynamicCache(config=model.config), time.perf_counter()
         for part in ids.split(self.segment, dim=1):
-            logits = model(part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            logits = model(part, **{CACHE: cache}, use_cache=True, logits_to_keep=1).logits
         stamps = []
         while True:
             ids = logits[:, -1].argmax(-1, keepdim=True)
@@ -101,7 +102,7 @@ class Throughput(Task):
             stamps.append(time.perf_counter() - start)
             if len(stamps) == self.new:
                 break
-            logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            logits = model(ids, **{CACHE: cache}, use_cache=True, logits_to_keep=1).logits
         peak = torch.cuda.max_memory_allocated(model.device) if cuda else 0
         state = cache_bytes(cache)
         return {"first": stamps[0], "rest": stamps[-1] - stamps[0], "state": state, "peak": peak}

@@ -105,9 +105,14 @@ class GSAttention:
         attention_mask: Tensor | None = None,
         past_key_values=None,
         gsa_context: Context | None = None,
+        cache=None,
         **kwargs,
     ):
-        """As the source's forward. The mask is not read: padding and packing come with gsa_context."""
+        """As the source's forward. The mask is not read: padding and packing come with gsa_context.
+
+        cache: past_key_values by its newer name.
+        """
+        cache = past_key_values if cache is None else cache
         if position_embeddings is not None and not self.gsa.rope:
             cos, sin = position_embeddings
             position_embeddings = torch.ones_like(cos), torch.zeros_like(sin)
@@ -115,11 +120,10 @@ class GSAttention:
             hidden_states,
             position_embeddings=position_embeddings,
             attention_mask=None,
-            past_key_values=None,
             gsa_gate=self.f_proj(hidden_states),
             gsa_route=self.router(hidden_states) if self.gsa.long_slots else None,
             gsa_context=gsa_context or Context(),
-            gsa_memory=None if past_key_values is None else past_key_values.layers[self.layer_idx],
+            gsa_memory=None if cache is None else cache.layers[self.layer_idx],
             **kwargs,
         )
 

@@ -3,12 +3,17 @@
 Shape legend: kernels/gsa/spec.py; B is the batch of the generation (beams included).
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from t2r.kernels.gsa import SlotState
+
+# What transformers calls the cache that a model is given and returns: `cache` from 5.24 on.
+CACHE = next(f.name for f in dataclasses.fields(BaseModelOutputWithPast) if f.name in ("cache", "past_key_values"))
 
 
 class SlotCacheLayer(CacheLayerMixin):

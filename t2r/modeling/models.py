@@ -16,7 +16,7 @@ from t2r.families import FAMILIES, Family, layer_type
 from t2r.kernels.gsa.documents import count_positions
 
 from .attention import Context, GSAttention, adopt_attention
-from .cache import adopt
+from .cache import CACHE, adopt
 from .configuration import CONFIG_CLASSES, CONFIG_MAPPING, GSAConfig
 
 
@@ -48,24 +48,27 @@ class GSAMixin(GSAParameters):
         use_cache: bool | None = None,
         cu_seq_lens_q: Tensor | None = None,
         max_length_q: int | None = None,
+        cache=None,
         **kwargs,
     ):
         """The source's forward. attention_mask [B, T] or [B, past + T], 1 = token, 0 = padding on either side;
         cu_seq_lens_q [N+1]: packed documents, over the flattened [B*T] tokens (no cache then); max_length_q: no
-        document is longer (where it matters, one host read finds out otherwise)."""
+        document is longer (where it matters, one host read finds out otherwise); cache: past_key_values by its newer
+        name."""
+        cache = past_key_values if cache is None else cache
         tokens = input_ids if input_ids is not None else inputs_embeds
         B, T = tokens.shape[:2]
         wants_cache = self.config.use_cache if use_cache is None else use_cache
-        if cu_seq_lens_q is None and past_key_values is None and position_ids is not None and attention_mask is None:
+        if cu_seq_lens_q is None and cache is None and position_ids is not None and attention_mask is None:
             cu_seq_lens_q = packed_documents(position_ids.expand(B, T))
-        if cu_seq_lens_q is not None and past_key_values is not None:
+        if cu_seq_lens_q is not None and cache is not None:
             raise ValueError("a cache cannot go on with packed documents: give one or the other")
-        if wants_cache and past_key_values is None and cu_seq_lens_q is None:
-            past_key_values = DynamicCache(config=self.config)
-        if past_key_values is not None:
-            adopt(past_key_values, self.gsa_layers, len(self.layers))
+        if wants_cache and cache is None and cu_seq_lens_q is None:
+            cache = DynamicCache(config=self.config)
+        if cache is not None:
+            adopt(cache, self.gsa_layers, len(self.layers))
         context, position_ids = self.gsa_context(
-            tokens, attention_mask, position_ids, past_key_values, cu_seq_lens_q, max_length_q
+            tokens, attention_mask, position_ids, cache, cu_seq_lens_q, max_length_q
         )
         if len(self.gsa_layers) == len(self.layers):
             # A 4-D mask passes through the backbone untouched: without one it would build [B, 1, T, T] for nobody.
@@ -78,10 +81,10 @@ class GSAMixin(GSAParameters):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            use_cache=past_key_values is not None,
+            use_cache=cache is not None,
             gsa_context=context,
+            **{CACHE: cache},
             **kwargs,
         )
 
@@ -191,7 +194,7 @@ def model_classes(family: Family) -> tuple[type, type]:
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """transformers makes the cache; its GSA layers must be ours before it is told to record for a rollback."""
         lm_source._prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs)
-        past = model_kwargs.get("past_key_values")
+        past = model_kwargs.get(CACHE)
         if past is not None:
             adopt(past, self.model.gsa_layers, len(self.model.layers))
             if generation_config.is_assistant:

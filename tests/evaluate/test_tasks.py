@@ -17,6 +17,7 @@ from t2r.evaluate.recall import FACT, Recall
 from t2r.evaluate.scoring import Passage, batches, encode_pairs, score
 from t2r.evaluate.task import OWN_DATA, Place, rows
 from t2r.evaluate.throughput import Throughput
+from t2r.modeling.cache import CACHE
 
 HERE = Place()
 
@@ -228,7 +229,7 @@ def test_bytes_of_state_are_those_of_the_real_cache(folders, dtype):
     for model in [*some, AutoModelForCausalLM.from_config(sliding, dtype=dtype)]:
         for length in (8, 40):
             cache = DynamicCache(config=model.config)
-            model(torch.ones(1, length, dtype=torch.long), past_key_values=cache)
+            model(torch.ones(1, length, dtype=torch.long), **{CACHE: cache})
             assert cache_bytes(cache) == state_bytes(model.config, length, dtype.itemsize) > 0
 
 
@@ -248,7 +249,7 @@ def test_throughput_measures_each_point(model, tokenizer):
     found = {m.name: m for m in outcome.metrics}
     for batch, context in points:
         cache = DynamicCache(config=model.config)
-        model(torch.ones(batch, context + 3, dtype=torch.long), past_key_values=cache)
+        model(torch.ones(batch, context + 3, dtype=torch.long), **{CACHE: cache})
         assert found[f"state, {batch} x {context}"].value == cache_bytes(cache)
         for key in ("decode", "prefill", "first token"):
             assert found[f"{key}, {batch} x {context}"].value > 0
