@@ -27,7 +27,7 @@ def test_what_a_token_is_read_later(reach):
             first = 0 if reach is None else max(0, t - reach + 1)
             weights = torch.softmax(0.5 * key[head // G, first : t + 1] @ query[head, t], dim=0)
             for j in range(max(first, t - far + 1), t - near + 1):
-                expected[head // G, j] += weights[j - first] / G
+                expected[head // G, j] += weights[j - first] ** 2 / G
     torch.testing.assert_close(read_later(query, key, 0.5, reach), expected)
 
 
