@@ -136,7 +136,7 @@ def empty_student(settings: RunConfig):
     options = settings.convert
     config = converted_config(
         source_config(settings.source), settings.source, options.chosen_preset, options.slots, options.sinks,
-        options.long_slots, options.layer_slots, options.keep_softmax,
+        options.eviction, options.layer_slots, options.keep_softmax,
     )  # fmt: skip
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)

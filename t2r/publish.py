@@ -107,8 +107,8 @@ def describe(plan, original: str) -> str:
     if plan.source.is_foreign:
         return f"{original}, a model with **Gated Slot Attention** of flash-linear-attention, in t2r's format: {slots}."
     kind = KINDS[plan.preset]
-    if plan.gsa.long_slots:
-        kind += ", were it not for its long slots: they hold tokens that a router has picked"
+    if plan.gsa.scored:
+        kind += ", were it not for which tokens its slots hold: those that the source reads most, not the last ones"
     return (
         f"{original} with **Gated Slot Attention** in place of softmax attention: {slots}, where the key-value cache "
         f"of the same layers grew by {plan.cache_bytes_per_token / 1e3:.1f} KB a token.\n\n{kind}."

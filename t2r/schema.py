@@ -17,8 +17,8 @@ class ConvertConfig:
     """How the source becomes a GSA model: the options of `t2r convert`. None: the preset exact (of a source that
     has slots already its own), the preset's slots and sinks, the source's dtype.
     layer_slots: slots of single layers, such as "0-3=128,9=256". keep_softmax: layers that stay, such as "0,8-11".
-    long_slots: of the slots, for tokens that a router picks; long_share: of a text's tokens that it picks; long_text:
-    as DataConfig.train, the text on which it learns from the source which ones are read from far away.
+    eviction: which token makes room in a full memory, the oldest or by score; eviction_text: as DataConfig.train, the
+    text on which the scores are fitted to what the source reads.
     verify: prove the result before training it.
     """
 
@@ -26,9 +26,8 @@ class ConvertConfig:
     slots: int | None = None
     sinks: int | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    long_slots: int = 0
-    long_share: float = 0.125
-    long_text: list[str] = field(default_factory=lambda: ["shipped:train"])
+    eviction: Literal["oldest", "score"] = "oldest"
+    eviction_text: list[str] = field(default_factory=lambda: ["shipped:train"])
     layer_slots: str = ""
     keep_softmax: str = ""
     verify: bool = True
@@ -48,8 +47,8 @@ class ConvertConfig:
 class LearningRates:
     """Peak learning rate of each group of parameters; 0 freezes the group.
 
-    gates: what GSA adds to decide on writing (f_proj, write, keep). router: what decides which tokens long slots hold;
-        it is fitted at conversion, and was worth less when it was trained on (docs/LOG.md).
+    gates: what GSA adds to decide on writing (f_proj, write, keep). What scores tokens for eviction stays as it was
+        fitted: a choice has no gradient, and what stood in for one did harm (docs/LOG.md).
     mixer: the q, k, v, o projections and g_norm. body: everything else (embeddings, MLPs, norms, head).
     named: rates for names of tensors, which may be patterns (model.layers.0.*, *norm.weight); the first that fits
         goes before the groups.
@@ -58,7 +57,6 @@ class LearningRates:
     gates: float = 0.0
     mixer: float = 0.0
     body: float = 0.0
-    router: float = 0.0
     named: dict[str, float] = field(default_factory=dict)
 
 
@@ -257,8 +255,6 @@ def check(config: RunConfig, where: object = None) -> None:
 
     for i, stage in enumerate(config.stages):
         check_stage(stage, config, f"stages.{i}", wrong)
-    if not 0 < config.convert.long_share < 1:
-        wrong("convert.long_share", f"is {config.convert.long_share}, it must lie between 0 and 1", 0.125)
     check_data(config, wrong)
     check_deepspeed(config.deepspeed, wrong)
     if config.compare:
@@ -305,7 +301,7 @@ def check_stage(stage: StageConfig, config: RunConfig, key: str, wrong: Callable
 
 
 def check_rates(stage: StageConfig, key: str, wrong: Callable[..., NoReturn]) -> None:
-    rates = {name: getattr(stage.lr, name) for name in ("gates", "router", "mixer", "body")}
+    rates = {name: getattr(stage.lr, name) for name in ("gates", "mixer", "body")}
     for name, rate in [*rates.items(), *((f"named.{name}", rate) for name, rate in stage.lr.named.items())]:
         if not 0 <= rate <= LARGEST_LR:
             wrong(f"{key}.lr.{name}", f"is {rate}", f"0 to {LARGEST_LR:g}")

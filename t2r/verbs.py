@@ -32,16 +32,18 @@ def _convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sinks", type=int, metavar="N", help="slots kept for the first tokens (default: the preset's)"
     )
-    parser.add_argument("--long-slots", type=int, default=0, metavar="N", help="of the slots, for what a router picks")
     parser.add_argument(
-        "--long-share", type=float, default=0.125, metavar="P", help="of a text's tokens that it picks (default: 1/8)"
+        "--eviction",
+        default="oldest",
+        help="which token makes room: the oldest (default), or by score, fitted to what the source reads",
+        **one_of("oldest", "score"),
     )
     parser.add_argument(
-        "--long-text",
+        "--eviction-text",
         nargs="+",
         default=["shipped:train"],
         metavar="FILE",
-        help="what it learns on (default: t2r's own)",
+        help="text on which scores are fitted (default: t2r's own)",
     )
     parser.add_argument(
         "--layer-slots", default="", metavar="LAYERS=N", help="slots in single layers, such as 0-3=128,9=256"

@@ -7,9 +7,10 @@ from t2r.kernels.gsa import GSASpec, SlotState, gsa
 
 PAPER = GSASpec(gate="sigmoid", damping=8.0, feature_map="silu")
 SOFT_CLOCK = GSASpec(gate="sigmoid", damping=8.0, ring=12, sinks=2, occupancy=True)
-LONG_SLOTS = GSASpec(gate="linear", damping=4.0, ring=10, sinks=3, occupancy=True)
+EVICTING = GSASpec(gate="linear", damping=4.0, ring=10, sinks=3, occupancy=True)
 UNTIED = GSASpec(gate="log_alpha", occupancy=True)
-SPECS = {"paper": PAPER, "soft_clock": SOFT_CLOCK, "long_slots": LONG_SLOTS, "untied": UNTIED}
+PER_HEAD = ("write", "keep", "recent")  # arguments without a time axis
+SPECS = {"paper": PAPER, "soft_clock": SOFT_CLOCK, "evicting": EVICTING, "untied": UNTIED}
 
 
 def draw(spec, B, T, H, G, D, M, dtype=torch.float64, documents=None, seed=0):
@@ -35,12 +36,16 @@ def draw(spec, B, T, H, G, D, M, dtype=torch.float64, documents=None, seed=0):
     state = [occupancy[..., None] * randn(N, H, M, D), occupancy[..., None] * randn(N, H, M, D), occupancy]
     args = {name: x.requires_grad_() for name, x in args.items()}
     position = torch.randint(0, 50, (N,), generator=generator)
-    routed = torch.zeros(N, H, dtype=torch.int64)
-    if spec.gate == "linear" and spec.ring < M:
-        args["route"] = randn(B, T, H).requires_grad_()
-        most = (position - spec.sinks).clamp(min=0)[:, None]
-        routed = torch.randint(0, 50, (N, H), generator=generator).clamp(max=most)
-    return args, SlotState(*(x.requires_grad_() for x in state), position, routed)
+    ranks = SlotState.empty(N, H, M, D, D, "cpu", dtype, ranked=spec == EVICTING)[4:]
+    if spec == EVICTING:
+        args |= {
+            "bonus": 20 * randn(B, T, H),
+            "recent": torch.randint(1, spec.ring - spec.sinks + 1, (H,), generator=generator).to(dtype),
+        }
+        ranks[1].copy_(torch.randint(0, 50, (N, H, M), generator=generator).clamp(max=position[:, None, None] - 1))
+        ranks[0].copy_(ranks[1] + 20 * torch.randn(N, H, M, generator=generator))
+        ranks[0][..., spec.ring - 2 :] = -torch.inf
+    return args, SlotState(*(x.requires_grad_() for x in state), position, *ranks)
 
 
 def results(args, state, spec, backend, scale=0.3, **kwargs):
@@ -49,7 +54,8 @@ def results(args, state, spec, backend, scale=0.3, **kwargs):
         **args, spec=spec, scale=scale, initial_state=state, output_final_state=True, backend=backend, **kwargs
     )
     out = {"o": o, **{f"final.{name}": x for name, x in final._asdict().items()}}
-    leaves = {**args, **{f"initial.{name}": x for name, x in list(state._asdict().items())[:3]}}
+    leaves = {name: x for name, x in args.items() if name not in ("bonus", "recent")}  # a choice has no gradient
+    leaves |= {f"initial.{name}": x for name, x in list(state._asdict().items())[:3]}
     generator = torch.Generator().manual_seed(7)
     # gradients of the outputs that all types hold exactly: the reference must be given what is given to the kernels
     loss = sum(
@@ -69,7 +75,8 @@ def assert_same(actual: dict, expected: dict, tolerance: float):
     assert actual.keys() == expected.keys()
     errors = {}
     for name, want in expected.items():
-        have, want = actual[name].double(), want.double()
+        # the rank of an empty slot is -inf, of which there is no difference
+        have, want = (torch.where(torch.isneginf(x), -100.0, x.double()) for x in (actual[name], want))
         norm = want.norm()
         error = ((have - want).norm() / (norm if norm > 1e-6 else 1.0)).item()
         errors[name] = error if torch.isfinite(have).all() else torch.inf  # NaN would have no place in an order

@@ -26,8 +26,8 @@ def teacher_model():
 
 def student_model(name="exact", trained=True, **changes):
     """A converted tiny model; trained: with disturbed gates."""
-    if name == "hybrid":  # softmax below slots of which some are long
-        name, changes = "exact", {"softmax_layers": [0], "slots": SLOTS + 5, **changes}
+    if name == "hybrid":  # softmax below slots that are evicted by score
+        name, changes = "exact", {"softmax_layers": [0], "eviction": "score", **changes}
     record = preset(name, slots=SLOTS, sinks=SINKS if name == "exact" else None).to_dict() | changes
     model = AutoModelForCausalLM.from_config(CONFIG_CLASSES["llama"](**SIZES, gsa=record)).eval()
     missing, unexpected = model.load_state_dict(teacher_model().state_dict(), strict=False)
@@ -47,6 +47,9 @@ def disturb(model):
             if module.gsa.ring:
                 module.write.add_(0.2 * torch.randn_like(module.write))
                 module.keep.add_(0.2 * torch.randn_like(module.keep))
+            if module.gsa.scored:
+                module.bonus.weight.normal_(std=10)
+                module.recent.copy_(torch.tensor([2, 9]))
 
 
 def tokens(*shape, seed=0):

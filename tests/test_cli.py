@@ -123,11 +123,10 @@ def test_options_reach_the_target_by_keyword():
         "verify": False,
         "hash": False,
         "shard_size": 1_500_000_000,
-        "long_slots": 0,
+        "eviction": "oldest",
         "layer_slots": "",
         "keep_softmax": "",
-        "long_share": 0.125,
-        "long_text": ["shipped:train"],
+        "eviction_text": ["shipped:train"],
     }
 
 

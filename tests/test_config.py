@@ -98,7 +98,7 @@ def test_a_mistake_is_named(file, text, words, message):
         ("data.train=[]", "data.train is empty, but there are stages"),
         ("compare.limit=0", "compare.limit is 0, it must be positive"),
         (
-            "compare.beside=[{slots: 8}, {slots: 8, long_slots: 2}]",
+            "compare.beside=[{slots: 8}, {slots: 8, eviction: score}]",
             "compare.beside.1 is called exact-8-start like another",
         ),
         ("compare.beside=[{preset: paper}, {}]", "compare.beside.1 is called exact-start like another start"),
@@ -186,9 +186,9 @@ def test_tokens_are_rounded_up_to_whole_steps():
 def test_references_see_the_command_line(tmp_path):
     """What a file says by reference to a key follows where the command line gives that key."""
     file = tmp_path / "c.yaml"
-    file.write_text("source: a\nconvert: {long_slots: 8, long_text: '${data.train}'}\ndata: {train: [x.txt]}\n")
-    assert load(file, RunConfig).convert.long_text == ["x.txt"]
-    assert load(file, RunConfig, ["data.train=[y.txt]"]).convert.long_text == ["y.txt"]
+    file.write_text("source: a\nconvert: {eviction: score, eviction_text: '${data.train}'}\ndata: {train: [x.txt]}\n")
+    assert load(file, RunConfig).convert.eviction_text == ["x.txt"]
+    assert load(file, RunConfig, ["data.train=[y.txt]"]).convert.eviction_text == ["y.txt"]
     file.write_text("source: '${nowhere}'\n")
     with pytest.raises(UserError, match="nowhere"):
         load(file, RunConfig)

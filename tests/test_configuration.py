@@ -20,13 +20,12 @@ from t2r.modeling.configuration import CONFIG_CLASSES, GSAConfig, fit_layers, pr
 
 
 def test_presets_refuse_what_cannot_be():
-    for options in ({"slots": 0}, {"slots": 4, "sinks": 4}, {"sinks": -1}, {"long_slots": -1}):
+    for options in ({"slots": 0}, {"slots": 4, "sinks": 4}, {"sinks": -1}, {"eviction": "newest"}):
         with pytest.raises(UserError):
             preset("exact", **options)
-    with pytest.raises(UserError, match="outside a ring"):
-        preset("paper", long_slots=4)
-    with pytest.raises(UserError, match="no clock"):
-        preset("paper", sinks=4)
+    for options in ({"sinks": 4}, {"eviction": "score"}):
+        with pytest.raises(UserError, match="no clock"):
+            preset("paper", **options)
     with pytest.raises(UserError, match="nearest valid: exact"):
         preset("exat")
     config = CONFIG_CLASSES["llama"](**SIZES, gsa={"slotz": 4})
@@ -43,11 +42,12 @@ def test_slots_fit_each_layer():
     config = Gemma3TextConfig(
         num_hidden_layers=4, layer_types=kinds, sliding_window=512, max_position_embeddings=8192
     )  # fmt: skip
-    gsa = fit_layers(preset("exact", slots=64, long_slots=8), config, {1: 1000, 2: 100}, [3])
+    gsa = fit_layers(preset("exact", slots=64, eviction="score"), config, {1: 1000, 2: 100}, [3])
     full, sliding, more = (gsa.layer(i) for i in range(3))
-    assert (full.slots, full.ring, full.sinks, full.sink_distance) == (64, 56, 4, 1024)
+    assert (full.slots, full.ring, full.sinks, full.sink_distance) == (64, 64, 4, 1024)
     assert (sliding.slots, sliding.ring, sliding.sinks, sliding.sink_distance) == (512, 512, 0, None)
-    assert (more.slots, more.ring, more.sinks, more.sink_distance) == (100, 88, 4, 1024)
+    assert (more.slots, more.ring, more.sinks, more.sink_distance) == (100, 100, 4, 1024)
+    assert full.scored and more.scored and not sliding.scored  # which loses nothing
     assert gsa.layer(3) is None and GSAConfig(**gsa.to_dict()) == gsa
     assert fit_layers(preset("exact"), config, {}, []).layer(1).sink_distance == 64
     longrope = {"rope_type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48, "rope_theta": 1e4}
@@ -76,19 +76,18 @@ def test_a_ring_of_the_window_is_the_window():
     assert student.model.gsa_layers[0].slots == 24
 
 
-def test_long_slots_are_empty_until_a_router_fills_them():
-    """An unfitted router sends nothing to them: the model is that without them. One that is fitted has gradients."""
-    model, without = student_model("hybrid", trained=False), student_model(softmax_layers=[0], trained=False)
+def test_scores_that_are_not_fitted_evict_the_oldest():
+    """Then the model is that without them; others are another model, and have no gradients."""
+    model, without = student_model(eviction="score", trained=False), student_model(trained=False)
     ids = tokens(2, 70)
     same(model(ids).logits, without(ids).logits)
     layer = model.model.layers[1].self_attn
     with torch.no_grad():
-        layer.router.weight.normal_(std=0.3)
-        layer.router.bias.zero_()
+        layer.bonus.weight.normal_(std=10)
     out = model(ids, labels=ids)
     assert (out.logits[:, SLOTS:] - without(ids).logits[:, SLOTS:]).abs().max() > 1e-3
     out.loss.backward()
-    assert (layer.router.weight.grad.abs().sum(-1) > 0).all() and (layer.router.bias.grad != 0).all()
+    assert layer.bonus.weight.grad is None and layer.recent.grad is None and layer.f_proj.weight.grad is not None
 
 
 @pytest.mark.parametrize("name", STUDENTS)
@@ -99,7 +98,7 @@ def test_state_size_is_constant_and_forks(name):
         model(tokens(1, 50), **{CACHE: cache})
         sizes.append(sum(layer.nbytes for layer in cache.layers if isinstance(layer, SlotCacheLayer)))
     slots = [gsa.slots for gsa in model.model.gsa_layers.values()]
-    assert sizes == [sum(4 * 2 * m * (16 + 16 + 1) + 8 + 2 * 8 for m in slots)] * 3
+    assert sizes == [sum(4 * 2 * m * (16 + 16 + 1 + 2 * (name == "hybrid")) + 8 for m in slots)] * 3
     assert sizes[0] == GSAConfig.of(model.config).state_bytes(model.config)
     fork = copy.deepcopy(cache)
     a, b = tokens(1, 20, seed=1), tokens(1, 20, seed=2)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from gsa_cases import LONG_SLOTS, PAPER, SOFT_CLOCK, SPECS, UNTIED, assert_same, draw, results
+from gsa_cases import EVICTING, PAPER, PER_HEAD, SOFT_CLOCK, SPECS, UNTIED, assert_same, draw, results
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import logsigmoid, scaled_dot_product_attention, silu
@@ -40,7 +40,7 @@ def test_packed_documents(spec, bounds, in_flight, monkeypatch):
         if bounds[n] == bounds[n + 1]:
             assert torch.equal(packed["final.keys"][n], state.keys[n])
             continue
-        alone = {k: x if k in ("write", "keep") else x[:, bounds[n] : bounds[n + 1]] for k, x in args.items()}
+        alone = {k: x if k in PER_HEAD else x[:, bounds[n] : bounds[n + 1]] for k, x in args.items()}
         one = SlotState(*(x[n : n + 1] for x in state))
         o, final = gsa(**alone, spec=spec, scale=0.3, initial_state=one, output_final_state=True)
         torch.testing.assert_close(packed["o"][:, bounds[n] : bounds[n + 1]], o, rtol=1e-12, atol=1e-12)
@@ -84,7 +84,7 @@ def test_padding_changes_nothing(spec, backend):
         garbage = torch.randn(1, 120, *x.shape[2:], generator=generator, dtype=x.dtype)
         return garbage.index_copy(1, real.nonzero().flatten(), x)
 
-    padded = {k: x if k in ("write", "keep") else spread(x) for k, x in args.items()}
+    padded = {k: x if k in PER_HEAD else spread(x) for k, x in args.items()}
     o, final = gsa(
         **padded, spec=spec, scale=0.3, positions=positions, initial_state=state, output_final_state=True,
         backend=backend,
@@ -103,7 +103,7 @@ def test_state_resumes(spec):
     for cuts in ([0, 37, 80], list(range(81))):
         outputs, now = [], state
         for begin, end in zip(cuts, cuts[1:], strict=False):
-            part = {k: x if k in ("write", "keep") else x[:, begin:end] for k, x in args.items()}
+            part = {k: x if k in PER_HEAD else x[:, begin:end] for k, x in args.items()}
             o, now = gsa(**part, spec=spec, scale=0.3, initial_state=now, output_final_state=True)
             outputs.append(o)
         torch.testing.assert_close(torch.cat(outputs, dim=1), whole, rtol=1e-10, atol=1e-12)
@@ -131,7 +131,7 @@ def test_extreme_gates_are_finite_and_right(gate, occupancy):
         assert (got["keys"] == 0).all() and (got["o"] == 0).all()
 
 
-@pytest.mark.parametrize("spec", [PAPER, SOFT_CLOCK, LONG_SLOTS, UNTIED], ids=SPECS)
+@pytest.mark.parametrize("spec", [PAPER, SOFT_CLOCK, EVICTING, UNTIED], ids=SPECS)
 def test_mixed_extreme_gates(spec):
     """Hard overwrites next to slow and closed gates, a small ring, in float32: as the float64 recurrence."""
     args, state = draw(spec, B=1, T=200, H=1, G=2, D=8, M=16)
@@ -265,10 +265,10 @@ def test_almost_empty_slots_do_no_harm():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_inputs_compute_in_float32(dtype):
-    args, state = draw(LONG_SLOTS, B=1, T=100, H=2, G=2, D=8, M=16, dtype=torch.float32)
-    half = {k: x.detach() if k in ("write", "keep") else x.detach().to(dtype) for k, x in args.items()}
+    args, state = draw(EVICTING, B=1, T=100, H=2, G=2, D=8, M=16, dtype=torch.float32)
+    half = {k: x.detach() if k in PER_HEAD else x.detach().to(dtype) for k, x in args.items()}
     full = {k: x.float() for k, x in half.items()}
-    common = {"spec": LONG_SLOTS, "scale": 0.3, "initial_state": state, "output_final_state": True}
+    common = {"spec": EVICTING, "scale": 0.3, "initial_state": state, "output_final_state": True}
     o, final = gsa(**half, **common)
     want, want_final = gsa(**full, **common)
     assert o.dtype == dtype and final.keys.dtype == torch.float32
@@ -340,7 +340,8 @@ BAD = {
     "write and keep belong": {"write": torch.ones(2, 16)},
     "ready made": {"spec": GSASpec(gate="log_alpha", ring=8), "write": torch.ones(2, 16), "keep": torch.ones(2, 16)},
     "q_sink is read by sink slots only": {"q_sink": torch.zeros(1, 5, 4, 8)},
-    "route needs a ring": {"route": torch.zeros(1, 5, 2)},
+    "it needs a clock": {"bonus": torch.zeros(1, 5, 2), "recent": torch.ones(2)},
+    "belong together": {"bonus": torch.zeros(1, 5, 2)},
     "positions must have shape": {"positions": torch.zeros(5)},
     "one packed row": {"q": torch.zeros(2, 5, 4, 8), "cu_seqlens": torch.tensor([0, 5])},
     "no token": {"q": torch.zeros(1, 0, 4, 8)},

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from gsa_cases import LONG_SLOTS, PAPER, SOFT_CLOCK, assert_same, draw, results
+from gsa_cases import EVICTING, PAPER, PER_HEAD, SOFT_CLOCK, assert_same, draw, results
 from interpreter import mend_bfloat16
 from torch.utils.checkpoint import checkpoint
 
@@ -19,7 +19,7 @@ if DEVICE == "cpu":
 TIED = GSASpec(gate="log_alpha", occupancy=True)
 UNTIED = GSASpec(gate="log_alpha")
 HARD_CLOCK = GSASpec(gate="linear", damping=512.0, ring=16, sinks=4, occupancy=True)
-SPECS = {"paper": PAPER, "soft_clock": SOFT_CLOCK, "long_slots": LONG_SLOTS, "tied": TIED, "untied": UNTIED}
+SPECS = {"paper": PAPER, "soft_clock": SOFT_CLOCK, "evicting": EVICTING, "tied": TIED, "untied": UNTIED}
 # of the issue: relative RMS error of outputs, states and every gradient
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 
@@ -63,12 +63,12 @@ def test_kernels_equal_the_recurrence(spec, shape):
     compare(spec, shape=shape)
 
 
-@pytest.mark.parametrize("spec", [PAPER, LONG_SLOTS], ids=["paper", "long_slots"])
+@pytest.mark.parametrize("spec", [PAPER, EVICTING], ids=["paper", "evicting"])
 def test_half_precision(spec):
     compare(spec, torch.float16)
 
 
-@pytest.mark.parametrize("spec", [PAPER, LONG_SLOTS, HARD_CLOCK], ids=["paper", "long_slots", "hard_clock"])
+@pytest.mark.parametrize("spec", [PAPER, EVICTING, HARD_CLOCK], ids=["paper", "evicting", "hard_clock"])
 def test_bfloat16(spec):
     compare(spec, torch.bfloat16, shape={"T": 129, "G": 3, "M": 64}, scale=64**-0.5)
 
@@ -89,10 +89,10 @@ def test_tiles_of_several_query_heads(heads, monkeypatch):
     """G = 3 heads one by one, in two tiles, and in one with a row to spare."""
     tile = fused.tile_for(64, 16, 3, torch.float32)._replace(heads=heads)
     monkeypatch.setattr(fused, "tile_for", lambda *args: tile)
-    compare(LONG_SLOTS, shape={"G": 3, "T": 40})
+    compare(EVICTING, shape={"G": 3, "T": 40})
 
 
-@pytest.mark.parametrize("spec", [PAPER, LONG_SLOTS], ids=["paper", "long_slots"])
+@pytest.mark.parametrize("spec", [PAPER, EVICTING], ids=["paper", "evicting"])
 def test_packed_documents(spec):
     """Documents of 0, 1, 32 and more tokens in one row, each with a memory of its own."""
     bounds = torch.tensor([0, 1, 1, 33, 75, 90])
@@ -186,9 +186,9 @@ def test_decode(spec):
     for t in range(5):
         part = {"spec": spec, "scale": 0.3, "output_final_state": True, "positions": positions[:, t : t + 1]}
         with torch.no_grad():
-            cut = {name: x if name in ("write", "keep") else x[:, t : t + 1] for name, x in mine.items()}
+            cut = {name: x if name in PER_HEAD else x[:, t : t + 1] for name, x in mine.items()}
             o, moved = gsa(**cut, **part, initial_state=moved, overwrite_state=True, backend="triton")
-            cut = {name: x if name in ("write", "keep") else x[:, t : t + 1] for name, x in exact.items()}
+            cut = {name: x if name in PER_HEAD else x[:, t : t + 1] for name, x in exact.items()}
             part["positions"] = part["positions"].cpu()
             want, state = gsa(**cut, **part, initial_state=state, backend="reference")
         assert_same({"o": o.cpu()}, {"o": want}, 2e-5)
@@ -335,9 +335,7 @@ def test_lengths_on_a_gpu(spec, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize(
-    "spec", [SOFT_CLOCK, LONG_SLOTS, TIED, UNTIED], ids=["soft_clock", "long_slots", "tied", "untied"]
-)
+@pytest.mark.parametrize("spec", [SOFT_CLOCK, EVICTING, TIED, UNTIED], ids=["soft_clock", "evicting", "tied", "untied"])
 def test_specs_on_a_gpu(spec, dtype):
     compare(spec, dtype, shape={"T": 257, "B": 2, "H": 2, "G": 4, "D": 128, "M": 64}, scale=128**-0.5)
 
@@ -360,7 +358,7 @@ def test_mixed_extreme_gates_on_a_gpu(dtype):
         args["gate"].copy_(WILD[torch.randint(0, 6, args["gate"].shape, generator=torch.Generator().manual_seed(5))])
 
     compare(
-        LONG_SLOTS,
+        EVICTING,
         dtype,
         change=change,
         shape={"T": 200, "D": 128, "M": 64},

@@ -216,7 +216,7 @@ def test_gradient_checkpointing_changes_no_gradient(model):
         model.gradient_checkpointing_enable() if checkpointing else model.gradient_checkpointing_disable()
         model.zero_grad()
         model(ids, labels=ids).loss.backward()
-        grads.append({name: p.grad.clone() for name, p in model.named_parameters()})
+        grads.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
         # a gate at rest may have gradient 0; the projections of a live layer may not
         assert all(g.abs().sum() > 0 for name, g in grads[-1].items() if "proj" in name)
     for name, grad in grads[0].items():

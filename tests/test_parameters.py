@@ -44,13 +44,16 @@ def test_groups_of_parameters():
         assert parameter.requires_grad == (name in inside)
 
 
-def test_a_router_is_trained_where_it_is_asked_for():
-    student = student_model(slots=21)
+@pytest.mark.parametrize("named", [{}, {"*self_attn*": 1e-4}], ids=["groups", "named"])
+def test_scores_for_eviction_are_not_trained(named):
+    student = student_model(eviction="score")
     train_offsets(student)
-    for rate in (0.0, 1e-4):
-        groups = parameter_groups(student, replace(STAGE, lr=LearningRates(gates=1e-3, router=rate)))
-        found = {g["name"]: (len(g["params"]), g["peak"], g["weight_decay"]) for g in groups}
-        assert found == {"gates": (6, 1e-3, 0.0)} | ({"router": (4, rate, 0.0)} if rate else {})
+    groups = parameter_groups(student, replace(STAGE, lr=LearningRates(1e-3, 1e-3, 1e-3, named=named)))
+    trained = {id(p) for group in groups for p in group["params"]}
+    for name, parameter in student.named_parameters():
+        assert (
+            (id(parameter) in trained) == parameter.requires_grad == (".bonus." not in name and ".recent" not in name)
+        )
 
 
 def test_named_groups_come_before_the_others():

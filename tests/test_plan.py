@@ -90,17 +90,17 @@ def test_attention_within_a_window_reads_no_more(mistral):
 
 
 def test_a_plan_counts_the_layers_of_the_conversion(mistral):
-    """Long slots ask for a router; a layer that keeps softmax has no gates."""
+    """Eviction by score asks for three tensors; a layer that keeps softmax has no gates."""
     gates = 4096 * 8  # of a slot, in one layer
     biases = 2 * 8
-    for options, slots, routers in (
-        (["convert.long_slots=0"], 32 * 64, 0),
-        (["convert.long_slots=16"], 32 * 64, 32),
-        (["convert.long_slots=0", "convert.keep_softmax=0-7"], 24 * 64, 0),
-        (["convert.long_slots=0", "convert.layer_slots=0=96"], 31 * 64 + 96, 0),
+    for options, slots, scored in (
+        (["convert.eviction=oldest"], 32 * 64, 0),
+        (["convert.eviction=score"], 32 * 64, 32),
+        (["convert.eviction=oldest", "convert.keep_softmax=0-7"], 24 * 64, 0),
+        (["convert.eviction=oldest", "convert.layer_slots=0=96"], 31 * 64 + 96, 0),
     ):
         new = plan("mistral-7b-exact-700m", [mistral, *options]).new
-        assert new == slots * (gates + biases) + routers * (gates + 8)
+        assert new == slots * (gates + biases) + scored * (gates + 2 * 8)
 
 
 def test_what_is_split_off_takes_less_memory(mistral):

@@ -143,10 +143,10 @@ def test_every_shipped_config_runs_on_a_small_model(name, config, tiny_llama, tm
     text, settings = config.parent / "text.jsonl", load(name, RunConfig)
     words = [f"source={tiny_llama}", "convert.slots=16", "convert.verify=false", "device=cpu", "compare=null"]
     words += [f"data.train=[{text}]", f"data.cache={tmp_path}/cache"]
-    if settings.convert.long_slots:
+    if settings.convert.eviction == "score":
         long = tmp_path / "long.jsonl"
         long.write_text(json.dumps({"text": "".join(chr(97 + (i * i * i) % 23) for i in range(3000))}) + "\n")
-        words += ["convert.long_slots=6", "convert.layer_slots=0=24", f"convert.long_text=[{long}]"]
+        words += ["convert.layer_slots=0=24", f"convert.eviction_text=[{long}]"]
     words += ["data.held_out=0.2" if settings.data.held_out else f"data.validation=[{text}]"]
     small = {"tokens": 128, "context": 32, "batch_tokens": 64, "micro_batch": 2, "warmup_tokens": 64, "save_every": 1}
     for i in range(len(settings.stages)):

@@ -220,12 +220,12 @@ def test_compiled_layers_have_the_same_gradients(kind):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("long_slots", [0, 6])
-def test_layers_with_kernels_are_one_graph(long_slots, monkeypatch):
+@pytest.mark.parametrize("eviction", ["oldest", "score"])
+def test_layers_with_kernels_are_one_graph(eviction, monkeypatch):
     """One for all layers and any number of documents, without a break, and for both ways one table of their chunks."""
     monkeypatch.setattr("t2r.kernels.gsa.op.choose_backend", lambda *args: "triton")
     sizes = SIZES | {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 64}
-    gsa = preset("exact", slots=16, sinks=3, long_slots=long_slots).to_dict()
+    gsa = preset("exact", slots=16, sinks=3, eviction=eviction).to_dict()
     student = AutoModelForCausalLM.from_config(CONFIG_CLASSES["llama"](**sizes, gsa=gsa)).train()
     train_offsets(student)
     graphs, table = CompileCounter(), Mock(wraps=fused.chunk_table, __name__="chunk_table")

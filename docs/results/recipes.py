@@ -36,7 +36,7 @@ def run() -> int:
         "exact-64": ["--slots", "64"],
         "exact-128": ["--slots", "128"],
         "hybrid": ["--slots", "64", "--keep-softmax", every_third],
-        "routed-64": ["--slots", "64", "--long-slots", "32"],
+        "scored-64": ["--slots", "64", "--eviction", "score"],
     }.items():
         if name in arguments.without:
             continue

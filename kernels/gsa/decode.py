@@ -11,18 +11,19 @@ import triton.language as tl
 from .functions import expm1
 from .gates import inverse_and_log, load_gates, ring_turn
 from .tile import read
+from .turns import least
 
 
 @triton.jit
 def step_kernel(
-    q, q_sink, k, v, gate, s, write, keep, route, positions, keys, values, occupancy, position, routed, o,
-    H, scale, rate, q_b, q_h, k_b, k_h, v_b, v_h,
+    q, q_sink, k, v, gate, s, write, keep, bonus, recent, positions, keys, values, occupancy, position, ranks, stamps,
+    o, H, scale, rate, q_b, q_h, k_b, k_h, v_b, v_h,
     FORM: tl.constexpr, RING: tl.constexpr, SINKS: tl.constexpr, OCCUPANCY: tl.constexpr, SILU: tl.constexpr,
-    HAS_S: tl.constexpr, HAS_SINK: tl.constexpr, HAS_ROUTE: tl.constexpr,
+    HAS_S: tl.constexpr, HAS_SINK: tl.constexpr, HAS_BONUS: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, M: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
-    """keys [N,H,M,D], values [N,H,M,E], occupancy [N,H,M] (bfloat16 or float32), position [N] and routed [N,H] become
-    those after the token; o [N,1,H*G,E]. route [N,H]: over 0, the token takes a turn of the long slots (route.py).
+    """keys [N,H,M,D], values [N,H,M,E], occupancy [N,H,M] (bfloat16 or float32), position [N], and with bonus [N,H] and
+    recent [H] (evict.py) ranks and stamps [N,H,M], become those after the token; o [N,1,H*G,E].
     positions [N]: the token's; -1 is padding, which changes nothing and reads 0."""
     n, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     m, d, e = tl.arange(0, M), tl.arange(0, BD), tl.arange(0, BE)
@@ -43,11 +44,14 @@ def step_kernel(
     if OCCUPANCY:
         z = tl.load(occupancy + (n * H + h) * M + m).to(tl.float32)
     turn = here.to(tl.int32)
-    if HAS_ROUTE:
-        before = tl.load(routed + n * H + h).to(tl.int32)
-        chosen = (tl.load(route + n * H + h).to(tl.float32) > 0.0) & (here >= SINKS)
-        turn = tl.where(chosen, RING + before % (M - RING), ring_turn(turn - before, RING, SINKS))
-        tl.store(routed + n * H + h, (before + chosen.to(tl.int32)).to(tl.int64))
+    if HAS_BONUS:
+        memory = (n * H + h) * M + m
+        rank, stamp = tl.load(ranks + memory), tl.load(stamps + memory)
+        slot = least(rank, stamp, turn, tl.load(recent + h), m, RING, SINKS)
+        taken = (m == slot) & (turn >= 0)
+        tl.store(ranks + memory, tl.where(taken, turn.to(tl.float32) + tl.load(bonus + n * H + h), rank))
+        tl.store(stamps + memory, tl.where(taken, turn, stamp))
+        turn = slot
     elif RING:
         turn = ring_turn(turn, RING, SINKS)
     if h == 0:

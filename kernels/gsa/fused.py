@@ -317,24 +317,24 @@ def gradient(ctx, do, d_keys, d_values, d_occupancy):
 gsa_forward.register_autograd(gradient, setup_context=setup_context)
 
 
-@torch.library.custom_op("t2r::gsa_step", mutates_args=("keys", "values", "occupancy", "position", "routed"))
+@torch.library.custom_op("t2r::gsa_step", mutates_args=("keys", "values", "occupancy", "position", "rank", "stamp"))
 def gsa_step(
     q: Tensor, k: Tensor, v: Tensor, gate: Tensor, s: Tensor | None, write: Tensor | None, keep: Tensor | None,
-    q_sink: Tensor | None, route: Tensor | None, positions: Tensor, keys: Tensor, values: Tensor, occupancy: Tensor,
-    position: Tensor, routed: Tensor,
+    q_sink: Tensor | None, bonus: Tensor | None, recent: Tensor | None, positions: Tensor,
+    keys: Tensor, values: Tensor, occupancy: Tensor, position: Tensor, rank: Tensor, stamp: Tensor,
     form: str, damping: float, ring: int, sinks: int, normalised: bool, silu: bool, scale: float,
 ) -> Tensor:  # fmt: skip
-    """o [N,1,H*G,E] of one token a sequence; the memory from keys to routed becomes that after it."""
+    """o [N,1,H*G,E] of one token a sequence; the memory from keys to stamp becomes that after it."""
     q, k, v, q_sink, gate, s = prepare(q, k, v, q_sink, gate, s, silu=False)
     N, _, HQ, D = q.shape
     H, M, E = k.shape[2], gate.shape[-1], v.shape[-1]
     o = torch.empty(N, 1, HQ, E, device=q.device, dtype=v.dtype)
     warps = step_warps(max(D, E), M)
     decode.step_kernel[(N * H,)](
-        q, q_sink, k, v, gate, s, write, keep, route, positions, keys, values, occupancy, position, routed, o,
-        H, scale, 1.0 / damping, q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2),
+        q, q_sink, k, v, gate, s, write, keep, bonus, recent, positions, keys, values, occupancy, position, rank, stamp,
+        o, H, scale, 1.0 / damping, q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2),
         FORM=form, RING=ring, SINKS=sinks, OCCUPANCY=normalised, SILU=silu, HAS_S=s is not None,
-        HAS_SINK=q_sink is not None, HAS_ROUTE=route is not None, D=D, BD=triton.next_power_of_2(D), E=E,
+        HAS_SINK=q_sink is not None, HAS_BONUS=bonus is not None, D=D, BD=triton.next_power_of_2(D), E=E,
         BE=triton.next_power_of_2(E), M=M, G=HQ // H, num_warps=warps,
         maxnreg=128 if warps <= 8 else None,  # so that two programs fit on a multiprocessor: one reads, one computes
     )  # fmt: skip
@@ -367,11 +367,15 @@ def fused(
 
 def fused_step(
     q: Tensor, k: Tensor, v: Tensor, gate: Tensor, s: Tensor | None, write: Tensor | None, keep: Tensor | None,
-    q_sink: Tensor | None, route: Tensor | None, positions: Tensor | None, state: SlotState, spec: GSASpec,
-    scale: float, in_place: bool,
+    q_sink: Tensor | None, bonus: Tensor | None, recent: Tensor | None, positions: Tensor | None, state: SlotState,
+    spec: GSASpec, scale: float, in_place: bool,
 ) -> tuple[Tensor, SlotState]:  # fmt: skip
     """One token of every sequence: o and the memory after it, in the state's own tensors if in_place."""
     positions = state.position.clone() if positions is None else positions.contiguous()
     memory = state if in_place else SlotState(*(x.clone() for x in state))
-    route = route if route is None else route.contiguous()
-    return gsa_step(q, k, v, gate, s, write, keep, q_sink, route, positions, *memory, *spelled(spec, scale)), memory
+    if bonus is not None:
+        bonus, recent = bonus.float().contiguous(), recent.round().to(torch.int32)
+    o = gsa_step(
+        q, k, v, gate, s, write, keep, q_sink, bonus, recent, positions, *memory, *spelled(spec, scale)
+    )  # fmt: skip
+    return o, memory

@@ -12,8 +12,8 @@ from torch.nn.functional import silu
 
 from .chunked import chunked
 from .documents import count_positions, document_count, end_positions
+from .evict import evict
 from .reference import recurrence
-from .route import StraightThrough, turns
 from .spec import GSASpec, SlotState, gates
 
 Backend = Literal["auto", "triton", "torch", "reference"]
@@ -31,7 +31,8 @@ def gsa(
     keep: Tensor | None = None,
     s: Tensor | None = None,
     q_sink: Tensor | None = None,
-    route: Tensor | None = None,
+    bonus: Tensor | None = None,
+    recent: Tensor | None = None,
     positions: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     initial_state: SlotState | None = None,
@@ -47,8 +48,8 @@ def gsa(
         here in float32: adding them to bfloat16 logits beforehand would round W x away.
     s [B,T,H,M]: write weights of their own instead of 1 - alpha.
     q_sink like q: the query that reads the spec.sinks first slots (far sinks), default q.
-    route [B,T,H]: a token with route > 0 takes its turn among the long slots (those from spec.ring on) in place of the
-        ring; its gradient is a straight-through estimate (route.py). Default: none is.
+    bonus [B,T,H], recent [H]: evict by score (evict.py) in place of the oldest: each token counts as `bonus` tokens
+        younger than it is, and the last `recent` tokens stay. Neither has a gradient. Needs a clock.
     positions [B,T] int: position of each token in its document; -1 is padding: it neither writes nor forgets, the clock
         stands and its output is 0. Default: counted from the state's position.
     cu_seqlens [N+1] int: B = 1 and row 0 holds N documents, tokens cu_seqlens[n] to cu_seqlens[n+1], each with a memory
@@ -62,7 +63,7 @@ def gsa(
     Returns o [B,T,H*G,E] in v's dtype and the final state or None. Computed in float32 (float64 for float64 inputs).
     Raises ValueError when shapes or options do not fit together.
     """
-    check(q, k, v, gate, spec, write, keep, s, q_sink, route, positions, cu_seqlens, initial_state)
+    check(q, k, v, gate, spec, write, keep, s, q_sink, bonus, recent, positions, cu_seqlens, initial_state)
     (B, T, HQ, D), (H, M), E = q.shape, gate.shape[2:], v.shape[-1]
     backend = choose_backend(backend, q, k, v, gate, spec, s)
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -71,26 +72,25 @@ def gsa(
     step = backend == "triton" and T == 1 and cu_seqlens is None and output_final_state and not torch.is_grad_enabled()
     counted = backend != "triton" or spec.ring or output_final_state
     if state is None and counted:
-        state = SlotState.empty(N, H, M, D, E, q.device, dtype)
+        state = SlotState.empty(N, H, M, D, E, q.device, dtype, ranked=bonus is not None)
     if positions is None and counted and not step:
         positions = count_positions(state.position, B, T, cu_seqlens)
     if step:
         from .fused import fused_step
 
         in_place = overwrite_state and initial_state is not None
-        return fused_step(q, k, v, gate, s, write, keep, q_sink, route, positions, state, spec, scale, in_place)
+        return fused_step(q, k, v, gate, s, write, keep, q_sink, bonus, recent, positions, state, spec, scale, in_place)
     final_position = end_positions(state.position, positions, cu_seqlens) if output_final_state else None
-    turn, routed = None, None if state is None else state.routed
-    if route is not None:
-        turn, other, chosen, routed = turns(route, positions, routed, cu_seqlens, spec, M)
-        gate = StraightThrough.apply(gate, route, turn, other, chosen, positions, spec.damping, spec.sinks)
+    turn, ranks = None, () if state is None else state[4:]
+    if bonus is not None:
+        turn, *ranks = evict(bonus.detach(), recent.detach(), positions, cu_seqlens, *ranks, spec.ring, spec.sinks)
     if backend == "triton":
         from .fused import fused
 
         positions = None if positions is None else positions.contiguous()
         args = (q, k, v, gate, s, write, keep, q_sink, turn, positions, cu_seqlens, initial_state)
         o, final = fused(*args, spec, scale, output_final_state)
-        final = final if final is None else SlotState(*final, final_position, routed)
+        final = final if final is None else SlotState(*final, final_position, *ranks)
     else:
         forget, write_weight = gates(
             gate.to(dtype) if dtype == torch.float64 else gate, positions, spec, write, keep, s, turn
@@ -112,7 +112,7 @@ def gsa(
             queries[1],
             cu_seqlens=cu_seqlens,
         )
-        o, final = o.flatten(2, 3).to(v.dtype), final._replace(position=final_position, routed=routed)
+        o, final = o.flatten(2, 3).to(v.dtype), SlotState(*final[:3], final_position, *ranks)
     if output_final_state and not spec.occupancy:
         final = final._replace(occupancy=state.occupancy)
     return o, final if output_final_state else None
@@ -209,7 +209,7 @@ def abc_gates(s: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     return torch.cat(log_decay, dim=1), torch.cat(weight, dim=1)
 
 
-def check(q, k, v, gate, spec, write, keep, s, q_sink, route, positions, cu_seqlens, state) -> None:
+def check(q, k, v, gate, spec, write, keep, s, q_sink, bonus, recent, positions, cu_seqlens, state) -> None:
     """Raise ValueError with the offending argument unless everything fits together."""
 
     def expect(name: str, x: Tensor | None, shape: tuple[int, ...]) -> None:
@@ -230,7 +230,8 @@ def check(q, k, v, gate, spec, write, keep, s, q_sink, route, positions, cu_seql
     expect("gate", gate, (B, T, H, M))
     expect("s", s, (B, T, H, M))
     expect("q_sink", q_sink, (B, T, HQ, D))
-    expect("route", route, (B, T, H))
+    expect("bonus", bonus, (B, T, H))
+    expect("recent", recent, (H,))
     expect("positions", positions, (B, T))
     expect("write", write, (H, M))
     expect("keep", keep, (H, M))
@@ -239,7 +240,9 @@ def check(q, k, v, gate, spec, write, keep, s, q_sink, route, positions, cu_seql
         expect("initial_state.values", state.values, (N, H, M, E))
         expect("initial_state.occupancy", state.occupancy, (N, H, M))
         expect("initial_state.position", state.position, (N,))
-        expect("initial_state.routed", state.routed, (N, H))
+        ranked = (N, H, 0 if bonus is None else M)
+        expect("initial_state.rank", state.rank, ranked)
+        expect("initial_state.stamp", state.stamp, ranked)
     if spec.ring > M:
         raise ValueError(f"a ring of {spec.ring} slots does not fit into {M}")
     clocked = {True} if spec.ring else {False}  # a branch: torch.compile may trace the ring as a symbol
@@ -247,7 +250,9 @@ def check(q, k, v, gate, spec, write, keep, s, q_sink, route, positions, cu_seql
         raise ValueError("write and keep belong to the clock: give both with spec.ring > 0 and neither without")
     if spec.ring and spec.gate == "log_alpha":
         raise ValueError("log_alpha gates come ready made: the clock (spec.ring) needs the sigmoid or linear form")
-    if route is not None and not (spec.ring and spec.ring < M and spec.gate == "linear"):
-        raise ValueError(f"route needs a ring, long slots beside it and linear gates, got {M} slots and {spec}")
+    if (bonus is None) != (recent is None):
+        raise ValueError("bonus and recent belong together: they say which token makes room")
+    if bonus is not None and not spec.ring:
+        raise ValueError(f"bonus takes the place of the clock's turns: it needs a clock, got {spec}")
     if q_sink is not None and not spec.sinks:
         raise ValueError("q_sink is read by sink slots only, and spec.sinks is 0")

@@ -30,8 +30,8 @@ class GSASpec:
             log_alpha  alpha = exp(x), s = 1 - alpha or given                         (any gate made elsewhere)
         `linear` reaches 0 and 1 exactly and has slope 1 / damping up to and including both ends, so a layer can start
         as an exact ring buffer (write 1, keep 0) and still learn.
-    ring: number of slots on the clock, sinks included; 0 switches the clock off. Slots from `ring` on are long slots: a
-        second ring, whose turns are for the tokens that are routed to it (gsa's `route`) and for no others.
+    ring: number of slots on the clock, sinks included; 0 switches the clock off. Slots from `ring` on are never on
+        turn: only their gates write to them.
     sinks: the first `sinks` slots take one token each and are never on turn again.
     occupancy: carry z_t = alpha z_{t-1} + s and read each slot as what it holds, K/z and V/z with weight z. An empty
         slot is then absent from the softmax instead of taking mass with a zero key.
@@ -63,26 +63,31 @@ class GSASpec:
 class SlotState(NamedTuple):
     """Everything a layer remembers: constant in the length of the text. Float32 (float64 for float64 inputs).
 
-    keys [N,H,M,D], values [N,H,M,E], occupancy [N,H,M], position [N] int64: tokens of each document read so far;
-    routed [N,H] int64: how many of them each head has written to its long slots.
+    keys [N,H,M,D], values [N,H,M,E], occupancy [N,H,M], position [N] int64: tokens of each document read so far.
+    Where tokens are evicted by score (evict.py), else [N,H,0]: rank [N,H,M] float32 of the token that each slot was
+    given to, -inf if none was; stamp [N,H,M] int32: its position.
     """
 
     keys: Tensor
     values: Tensor
     occupancy: Tensor
     position: Tensor
-    routed: Tensor
+    rank: Tensor
+    stamp: Tensor
 
     @classmethod
     def empty(
-        cls, n: int, heads: int, slots: int, dim: int, value_dim: int, device, dtype=torch.float32
+        cls, n: int, heads: int, slots: int, dim: int, value_dim: int, device, dtype=torch.float32, ranked: bool = False
     ) -> "SlotState":
+        """No token yet. ranked: tokens are evicted by score."""
+        ranks = n, heads, slots if ranked else 0
         return cls(
             torch.zeros(n, heads, slots, dim, device=device, dtype=dtype),
             torch.zeros(n, heads, slots, value_dim, device=device, dtype=dtype),
             torch.zeros(n, heads, slots, device=device, dtype=dtype),
             torch.zeros(n, device=device, dtype=torch.int64),
-            torch.zeros(n, heads, device=device, dtype=torch.int64),
+            torch.full(ranks, -torch.inf, device=device),
+            torch.zeros(ranks, device=device, dtype=torch.int32),
         )
 
 
@@ -97,7 +102,7 @@ def gates(
 ) -> tuple[Tensor, Tensor]:
     """Gate logits x [B,T,H,M] -> (forget, write weight), both [B,T,H,M] in float32 (float64 for float64 inputs).
 
-    turn [B,T,H]: the slot on turn (route.py); None: by position.
+    turn [B,T,H]: the slot on turn (evict.py); None: by position.
     forget = 1 - alpha is what is kept everywhere in place of alpha: it has full precision where memory is long
     (1 - 1e-8 is 1.0 in float32, so a slow slot would never forget), and 0 means kept exactly.
     A token at position -1 is padding: it neither forgets nor writes.

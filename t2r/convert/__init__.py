@@ -32,11 +32,10 @@ def convert(
     verify: bool = True,
     hash: bool = True,
     shard_size: int | None = None,
-    long_slots: int = 0,
+    eviction: str = "oldest",
     layer_slots: str = "",
     keep_softmax: str = "",
-    long_share: float = 0.125,
-    long_text: Sequence[str] = ("shipped:train",),
+    eviction_text: Sequence[str] = ("shipped:train",),
 ) -> None:
     """Convert `source` (hub id, folder, GGUF file or package:NAME) into the new folder `out`.
 
@@ -44,8 +43,8 @@ def convert(
     2409.07146, which a model of flash-linear-attention is already.
     slots, sinks: in place of the preset's. layer_slots: in place of slots in single layers, such as "0-3=128,9=256".
     keep_softmax: layers that stay as they are, such as "0,8-11".
-    long_slots: of the slots, for tokens that a router picks: the `long_share` of them that the source's own attention
-    on `long_text` (as DataConfig.train) reads most from far away.
+    eviction: which token makes room, the "oldest" or by "score": that which the source's own attention, on
+    `eviction_text` (as DataConfig.train), would miss least.
     dtype: name of the dtype to write, default the source's (float32 for GGUF).
     dry_run: print the plan and stop. verify: prove the result before it gets its name; nothing is left if that fails.
     hash: record the SHA-256 of every file of the source. shard_size: bytes of a weight file at most, default 5 GB.
@@ -53,8 +52,8 @@ def convert(
     A run that was killed is continued by the same command. Raises UserError for whatever the user can mend; `out` then
     does not exist.
     """
+    from t2r.convert.evict import fit_scores
     from t2r.convert.plan import import_plan, make_plan
-    from t2r.convert.route import fit_routers
     from t2r.convert.source import open_source
     from t2r.convert.verify import verify as verify_folder
     from t2r.convert.writer import SHARD_SIZE, FolderWriter, available_ram, check_absent, preflight
@@ -66,31 +65,29 @@ def convert(
     opened = open_source(source)
     check_config(opened)
     if opened.is_foreign:
-        if slots is not None or sinks is not None or long_slots or layer_slots or keep_softmax:
+        if slots is not None or sinks is not None or eviction != "oldest" or layer_slots or keep_softmax:
             raise UserError("this model has its slots already: only its dtype can be chosen", where=opened.path)
         if preset not in (None, "paper"):
             what = f"this model is of the preset paper already and cannot become {preset}"
             raise UserError(what, where=opened.path, nearest="--preset paper")
         plan = import_plan(opened, dtype)
     else:
-        if not 0 < long_share < 1:
-            raise UserError(f"a share of {long_share} of a text", where="--long-share", nearest="0.125")
-        plan = make_plan(opened, preset or "exact", slots, sinks, dtype, long_slots, layer_slots, keep_softmax)
+        plan = make_plan(opened, preset or "exact", slots, sinks, dtype, eviction, layer_slots, keep_softmax)
     print(plan, flush=True)
     if dry_run:
         return
     opened.load_tokenizer()
     preflight(out, plan.disk_bytes, plan.ram_bytes)
-    resume = state_of(plan, *((long_share, *long_text) if long_slots else ()))
+    resume = state_of(plan, *(eviction_text if eviction == "score" else ()))
     with FolderWriter(out, plan.targets, shard_size or SHARD_SIZE, resume=resume) as writer:
         if writer.written:
             print(f"going on    a killed run has written {len(writer.written)} of {len(plan.targets)} tensors")
-        routers = {}
-        if any(".router." in name for name in plan.new_tensors if name not in writer.written):
-            with timed("routers fit"):
-                routers = fit_routers(opened, plan.gsa.gsa_layers(plan.config), long_share, long_text)
+        scores = {}
+        if any(".bonus." in name for name in plan.new_tensors if name not in writer.written):
+            with timed("scores fit"):
+                scores = fit_scores(opened, plan.gsa.gsa_layers(plan.config), eviction_text)
         with timed("copied", sum(writer.nbytes(name) for name in plan.targets if name not in writer.written)):
-            digests = write_weights(plan, writer, hash, routers)
+            digests = write_weights(plan, writer, hash, scores)
             made = write_rest(plan, writer.path, digests)
             writer.flush()
         ram, report = available_ram(), None

@@ -1,7 +1,7 @@
 """The questions of `t2r verify` to models in memory: every way of reading a text, the exact start, far sinks."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -12,6 +12,8 @@ from torch import Tensor
 from t2r.families import FAMILIES
 from t2r.modeling.cache import CACHE
 from t2r.modeling.configuration import GSAConfig
+
+SCORES = {"bonus.weight": 0.0, "bonus.bias": 0.0, "recent": 1.0}  # with which the oldest token is evicted
 
 
 @dataclass(frozen=True)
@@ -38,24 +40,37 @@ def read(model, ids: Tensor, cuts: list[int], cache) -> Tensor:
     return torch.cat([model(ids[:, a:b], **{CACHE: cache}).logits for a, b in pairwise(cuts)], dim=1)
 
 
-def undecided(model, ids: Tensor) -> dict[str, Tensor]:
-    """Name -> what to add to each router's bias so that no choice for the text ids [1,T] hangs by a rounding error.
+@contextmanager
+def bonus_from(model, give: Callable) -> Iterator[None]:
+    """Within, give(module, hidden_states, positions) is the bonus [B,T,H] of each mixer that evicts by score."""
+    modules = [module for module in gsa_mixers(model).values() if module.gsa.scored]
+    for module in modules:
+        module.token_bonus = lambda hidden, positions, module=module: give(module, hidden, positions)
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.token_bonus
 
-    The bias moves to the middle between the two outputs next to 0, which changes no choice: two ways of reading the
-    text could otherwise differ, rightly, by a whole token."""
-    shifts, names = {}, {module: name for name, module in model.named_modules()}
 
-    def middle(module, args, kwargs, output) -> None:
-        outputs = module.router(kwargs["hidden_states"]).float()[0]
-        least = torch.where(outputs > 0, outputs, torch.inf).amin(0)
-        most = torch.where(outputs > 0, -torch.inf, outputs).amax(0)
-        shift = -(least + most) / 2
-        shifts[f"{names[module]}.router.bias"] = torch.where(shift.isfinite(), shift, 0.0)
+def bonuses(model, ids: Tensor) -> dict[int, Tensor]:
+    """Layer -> bonus [T,H] of each token of the text ids [1,T]."""
+    found = {}
 
-    routed = [mixer for mixer in gsa_mixers(model).values() if mixer.gsa.long_slots]
-    with hooked(routed, after=middle):
+    def note(module, hidden, positions) -> Tensor:
+        given = type(module).token_bonus(module, hidden, positions)
+        found[module.layer_idx] = given[0].float()
+        return given
+
+    with bonus_from(model, note):
         model(ids, use_cache=False)
-    return shifts
+    return found
+
+
+def decided(model, known: dict[int, Tensor]):
+    """Within, tokens have the bonus that `bonuses` found at their position: two ways of reading a text, of which one is
+    rounded otherwise, could else evict, rightly, another token."""
+    return bonus_from(model, lambda module, hidden, positions: known[module.layer_idx][positions.clamp(min=0)])
 
 
 def reading_checks(model, ids: Tensor) -> list[Check]:
@@ -126,7 +141,7 @@ def low_precision(module):
     """A copy of a mixer in bfloat16, but for the gate biases, as transformers loads it."""
     low = copy.deepcopy(module)
     for name, parameter in low.named_parameters():
-        if name not in ("write", "keep"):
+        if name not in ("write", "keep", "recent"):
             parameter.data = parameter.data.to(torch.bfloat16)
     return low
 
@@ -160,9 +175,9 @@ def read_mixer(module, x: Tensor, kwargs: dict, positions: Tensor, cuts: list[in
 
 
 def clock_alone(name: str, tensor: Tensor) -> Tensor:
-    """A tensor of an exact start that has learned nothing, and whose long slots stay empty; others as they are."""
+    """A tensor of an exact start that has learned nothing, and evicts the oldest token; others as they are."""
     end = name.rsplit("self_attn.", 1)[-1]
-    value = {"f_proj.weight": 0.0, "keep": 0.0, "router.weight": 0.0, "router.bias": -1.0, "write": 1.0}.get(end)
+    value = {"f_proj.weight": 0.0, "keep": 0.0, "write": 1.0, **SCORES}.get(end)
     return tensor if value is None else torch.full_like(tensor, value)
 
 

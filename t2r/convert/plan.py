@@ -72,13 +72,13 @@ class Plan:
 
     @property
     def ram_bytes(self) -> int:
-        """Two tensors in float32; to fit routers, what a layer makes of all texts: four times its input and three times
+        """Two tensors in float32; to fit scores, what a layer makes of all texts: four times its input and three times
         the width of its MLP."""
-        from t2r.convert.route import CONTEXT, TEXTS
+        from t2r.convert.evict import CONTEXT, TEXTS
 
         largest = max(torch.Size(e.shape).numel() for e in self.entries)
         width = 4 * self.config.hidden_size + 3 * getattr(self.config, "intermediate_size", 0)
-        texts = any(".router." in name for name in self.new_tensors) * TEXTS * CONTEXT * width
+        texts = any(".bonus." in name for name in self.new_tensors) * TEXTS * CONTEXT * width
         return MEMORY_FLOOR + 4 * (2 * largest + texts)
 
     @property
@@ -112,8 +112,10 @@ class Plan:
         layers = list(self.gsa.gsa_layers(self.config).values())
         count = {gsa.slots for gsa in layers}
         line = f"{min(count)} slots" if len(count) == 1 else f"{min(count)} to {max(count)} slots"
-        sinks, long = max(gsa.sinks for gsa in layers), max(gsa.long_slots for gsa in layers)
-        line += (f", {long} of them long" if long else "") + (f", {sinks} sinks" if sinks else "")
+        sinks = max(gsa.sinks for gsa in layers)
+        line += (", evicted by score" if any(gsa.scored for gsa in layers) else "") + (
+            f", {sinks} sinks" if sinks else ""
+        )
         kept = self.gsa.softmax_layers
         return line + (f", softmax kept in {len(kept)} of {self.config.num_hidden_layers} layers" if kept else "")
 
@@ -161,7 +163,7 @@ def make_plan(
     slots: int | None,
     sinks: int | None,
     dtype: str | None,
-    long_slots: int = 0,
+    eviction: str = "oldest",
     layer_slots: str = "",
     keep_softmax: str = "",
 ) -> Plan:
@@ -172,7 +174,7 @@ def make_plan(
     be dropped, every tensor of the result that nothing provides and every shape that disagrees with the config.
     """
     config = converted_config(
-        source.config, source.path, preset_name, slots, sinks, long_slots, layer_slots, keep_softmax
+        source.config, source.path, preset_name, slots, sinks, eviction, layer_slots, keep_softmax
     )
     return lay_out(source, config, preset_name, dtype)
 
@@ -250,7 +252,7 @@ def converted_config(
     preset_name: str,
     slots: int | None,
     sinks: int | None,
-    long_slots: int,
+    eviction: str,
     layer_slots: str,
     keep_softmax: str,
 ):
@@ -260,7 +262,7 @@ def converted_config(
     check_attention(source_config, where=where)
     layers = source_config.num_hidden_layers
     gsa = fit_layers(
-        preset(preset_name, slots, sinks, long_slots),
+        preset(preset_name, slots, sinks, eviction),
         source_config,
         layer_numbers(layer_slots, layers, "--layer-slots"),
         layer_indices(keep_softmax, layers, "--keep-softmax"),
@@ -297,7 +299,7 @@ def target_tensors(config) -> tuple[dict[str, tuple[int, ...]], NewTensors]:
 
 def new_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     """Projections and norms are stored like the model, gate biases in float32: they are far from bfloat16's grid."""
-    return torch.float32 if name.rsplit(".", 1)[-1] in ("write", "keep") else dtype
+    return torch.float32 if name.rsplit(".", 1)[-1] in ("write", "keep", "recent") else dtype
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from t2r.convert.checks import (
     Check,
+    bonuses,
     clock_alone,
+    decided,
     distance,
     exact_start_checks,
     far_sink_checks,
@@ -23,7 +25,6 @@ from t2r.convert.checks import (
     mixer_reading_checks,
     reading_checks,
     softmax_check,
-    undecided,
 )
 from t2r.convert.paged import Pages
 from t2r.convert.source import Source, open_source
@@ -118,11 +119,9 @@ def check_whole(opened: Source, converted: Source, ids: Tensor, layers: dict[int
     logits = teacher(ids).logits
     checks.append(softmax_check(softmax_back(converted, opened), ids, logits))
     student, low = load_gsa(converted), load_gsa(converted, torch.bfloat16)
-    shifts = undecided(student, ids)
-    for model in (student, low):
-        for name, shift in shifts.items():
-            model.get_parameter(name).add_(shift)
-    checks += [*reading_checks(student, ids), low_precision_check(student, low, ids)]
+    known = bonuses(student, ids)
+    with decided(student, known), decided(low, known):
+        checks += [*reading_checks(student, ids), low_precision_check(student, low, ids)]
     if has_exact_start(layers):
         for name, parameter in student.named_parameters():
             parameter.copy_(clock_alone(name, parameter))
@@ -146,9 +145,8 @@ def check_by_layer(opened: Source, converted: Source, ids: Tensor, layers: dict[
     logits = teacher(ids, use_cache=False).logits
     checks = [softmax_check(Pages(empty_model(softmax_config(opened)), converted).model, ids, logits)]
     pages = Pages(empty_model(converted.config), converted)
-    shifts = undecided(pages.model, ids)
-    pages.change = lambda name, x: x + shifts[name] if name in shifts else x
-    checks += mixer_reading_checks(pages.model, ids)
+    with decided(pages.model, bonuses(pages.model, ids)):
+        checks += mixer_reading_checks(pages.model, ids)
     if has_exact_start(layers):
         pages.change = clock_alone
         checks += exact_start_checks(pages.model, teacher, ids, logits) + far_sink_checks(pages.model, teacher, ids)

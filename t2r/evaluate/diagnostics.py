@@ -17,8 +17,8 @@ from t2r.evaluate.movement import damaged_weights, trained
 from t2r.evaluate.perplexity import Blocks
 from t2r.evaluate.statistics import Metric
 from t2r.evaluate.task import Outcome, Plot
-from t2r.kernels.gsa.route import turns
-from t2r.kernels.gsa.spec import EMPTY, GSASpec, gates
+from t2r.kernels.gsa.evict import evict
+from t2r.kernels.gsa.spec import EMPTY, GSASpec, SlotState, gates
 from t2r.modeling import attention as attention_module
 
 FLOOR = -80.0  # log of a decay that is as good as 0; sums of it stay exact in float64
@@ -173,11 +173,27 @@ def spied(model, note: Callable[[int, dict], None]) -> Iterator[None]:
     """Within, note(layer, call) is called for each GSA layer's operation: its q, k, gates and options."""
     original, current = attention_module.gsa, []
 
-    def spy(q, k, v, gate, *, spec, scale, write=None, keep=None, q_sink=None, route=None, positions=None, **options):
+    def spy(
+        q,
+        k,
+        v,
+        gate,
+        *,
+        spec,
+        scale,
+        write=None,
+        keep=None,
+        q_sink=None,
+        bonus=None,
+        recent=None,
+        positions=None,
+        **options,
+    ):
         where = positions if positions is not None else torch.arange(q.shape[1], device=q.device).expand(q.shape[:2])
         turn = None
-        if route is not None:
-            turn = turns(route, where, torch.zeros_like(route[:, 0], dtype=torch.long), None, spec, gate.shape[-1]).turn
+        if bonus is not None:
+            ranks = SlotState.empty(*bonus.shape[::2], gate.shape[-1], 1, 1, q.device, ranked=True)[4:]
+            turn = evict(bonus, recent, where, None, *ranks, spec.ring, spec.sinks)[0]
         forget, s = gates(gate, where, spec, write, keep, None, turn)
         act = silu if spec.feature_map == "silu" else lambda x: x
         queries = [None if x is None else act(x) for x in (q, q_sink)]
@@ -191,8 +207,8 @@ def spied(model, note: Callable[[int, dict], None]) -> Iterator[None]:
             "spec": spec,
         }
         note(current[-1], {**call, "scale": scale, "groups": q.shape[2] // k.shape[2]})
-        passed = dict(spec=spec, scale=scale, write=write, keep=keep, q_sink=q_sink, route=route, positions=positions)
-        return original(q, k, v, gate, **passed, **options)
+        passed = dict(spec=spec, scale=scale, write=write, keep=keep, q_sink=q_sink, positions=positions)
+        return original(q, k, v, gate, **passed, bonus=bonus, recent=recent, **options)
 
     modules = [module for module in model.modules() if isinstance(module, attention_module.GSAttention)]
     hooks = [module.register_forward_pre_hook(lambda m, args: current.append(m.layer_idx)) for module in modules]

@@ -46,7 +46,7 @@ class Entry:
         if not gsa or not gsa.get("ring") or gsa.get("gate") not in CLOCK:
             return False
         write, keep = CLOCK[gsa["gate"]]
-        start = {"f_proj.weight": 0.0, "write": write, "keep": keep, "router.weight": 0.0}
+        start = {"f_proj.weight": 0.0, "write": write, "keep": keep, "bonus.weight": 0.0}
         for name in self.source.names():
             value = next((v for key, v in start.items() if name.endswith(f".{key}")), None)
             if value is not None and bool((self.source.tensor(name) != value).any()):
@@ -167,6 +167,6 @@ def window_only(model) -> bool:
         for parameter, value in ((layer.f_proj.weight, 0.0), (layer.write, write), (layer.keep, keep)):
             changed |= bool((parameter != value).any())
             parameter.data.fill_(value)
-        changed |= bool(layer.gsa.long_slots)
-        layer.gsa = replace(layer.gsa, ring=layer.gsa.ring and layer.gsa.slots)
+        changed |= layer.gsa.scored
+        layer.gsa = replace(layer.gsa, eviction="oldest")
     return changed

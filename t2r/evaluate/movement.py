@@ -30,7 +30,7 @@ def movement(model, original=None) -> dict[tuple[bool, str], dict[int, float]]:
         gsa = isinstance(module, GSAttention)
         start = module.new_tensors() if gsa else {}
         for name, value in module.named_parameters():
-            if name.startswith("router."):  # fitted at conversion: its start is not known
+            if name.startswith("bonus.") or name == "recent":  # fitted at conversion: its start is not known
                 continue
             before = start.get(name, known.get(f"{path}.{name}"))
             if before is not None:

@@ -62,8 +62,9 @@ class GSAttention:
             if gsa_config.ring:
                 self.write = nn.Parameter(torch.empty(self.kv_heads, gsa_config.slots))
                 self.keep = nn.Parameter(torch.empty(self.kv_heads, gsa_config.slots))
-            if gsa_config.long_slots:
-                self.router = nn.Linear(self.config.hidden_size, self.kv_heads, dtype=weight.dtype)
+            if gsa_config.scored:
+                self.bonus = nn.Linear(self.config.hidden_size, self.kv_heads, dtype=weight.dtype)
+                self.recent = nn.Parameter(torch.empty(self.kv_heads))
             if gsa_config.output_norm:
                 self.g_norm = nn.RMSNorm(self.config.num_attention_heads * self.head_dim, eps=1e-5, dtype=weight.dtype)
         self.reset_gsa()
@@ -80,7 +81,7 @@ class GSAttention:
 
     def new_names(self) -> list[str]:
         """Names of the parameters of `add_gsa`."""
-        added = ("f_proj.weight", "write", "keep", "router.weight", "router.bias", "g_norm.weight")
+        added = ("f_proj.weight", "write", "keep", "bonus.weight", "bonus.bias", "recent", "g_norm.weight")
         return [name for name, _ in self.named_parameters() if name in added]
 
     def new_tensors(self) -> dict[str, Tensor]:
@@ -113,6 +114,7 @@ class GSAttention:
         cache: past_key_values by its newer name.
         """
         cache = past_key_values if cache is None else cache
+        context = gsa_context or Context()
         if position_embeddings is not None and not self.gsa.rope:
             cos, sin = position_embeddings
             position_embeddings = torch.ones_like(cos), torch.zeros_like(sin)
@@ -121,11 +123,17 @@ class GSAttention:
             position_embeddings=position_embeddings,
             attention_mask=None,
             gsa_gate=self.f_proj(hidden_states),
-            gsa_route=self.router(hidden_states) if self.gsa.long_slots else None,
-            gsa_context=gsa_context or Context(),
+            gsa_bonus=self.token_bonus(hidden_states, context.positions),
+            gsa_context=context,
             gsa_memory=None if cache is None else cache.layers[self.layer_idx],
             **kwargs,
         )
+
+    @torch.no_grad()
+    def token_bonus(self, hidden_states: Tensor, positions: Tensor | None) -> Tensor | None:
+        """How many tokens younger each token [B,T] counts when one has to be evicted: [B,T,H], None without scores.
+        positions: theirs, for whoever takes this method's place (t2r.convert.checks)."""
+        return self.bonus(hidden_states) if self.gsa.scored else None
 
 
 def adopt_attention(module: nn.Module, gsa_config: GSAConfig, rotary: str | None) -> None:
@@ -150,7 +158,7 @@ def gsa_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     gsa_gate: Tensor | None = None,
-    gsa_route: Tensor | None = None,
+    gsa_bonus: Tensor | None = None,
     gsa_context: Context | None = None,
     gsa_memory: SlotCacheLayer | None = None,
     **kwargs,
@@ -165,13 +173,13 @@ def gsa_attention(
         turned, _ = module.rotate(query.float(), key[:, :1].float(), *context.sink_turns[module.turn])
         q_sink = turned.to(q.dtype).transpose(1, 2)
     if context.cu_seqlens is not None and B > 1:
-        rows = (q, k, v, gate, q_sink, gsa_route, positions)
-        q, k, v, gate, q_sink, gsa_route, positions = (None if x is None else x.flatten(0, 1)[None] for x in rows)
+        rows = (q, k, v, gate, q_sink, gsa_bonus, positions)
+        q, k, v, gate, q_sink, gsa_bonus, positions = (None if x is None else x.flatten(0, 1)[None] for x in rows)
     memory = None if gsa_memory is None else gsa_memory.state
 
     def read(tokens: slice) -> tuple[Tensor, SlotState | None]:
-        part = (None if x is None else x[:, tokens] for x in (q, k, v, gate, q_sink, gsa_route, positions))
-        q_, k_, v_, gate_, q_sink_, route_, positions_ = part
+        part = (None if x is None else x[:, tokens] for x in (q, k, v, gate, q_sink, gsa_bonus, positions))
+        q_, k_, v_, gate_, q_sink_, bonus_, positions_ = part
         return gsa(
             q_,
             k_,
@@ -182,7 +190,8 @@ def gsa_attention(
             write=module.write if config.ring else None,
             keep=module.keep if config.ring else None,
             q_sink=q_sink_,
-            route=route_,
+            bonus=bonus_,
+            recent=module.recent if config.scored else None,
             positions=positions_,
             cu_seqlens=context.cu_seqlens,
             initial_state=memory,

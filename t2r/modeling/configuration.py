@@ -15,8 +15,8 @@ from t2r.kernels.gsa import GSASpec
 class GSAConfig:
     """All choices of the GSA layers. The first six fields are those of `kernels.gsa.GSASpec`, with its meanings.
 
-    slots: M, memory slots per kv head; those from `ring` on are long slots, for the tokens that the layer's router
-        sends there (kernels/gsa/route.py).
+    slots: M, memory slots per kv head.
+    eviction: the token that makes room in a full memory is the "oldest", or chosen by "score" (kernels/gsa/evict.py).
     rope: keep the source's rotary embedding on q and k.
     scale: factor on q.K; None is the source's own.
     output_norm: o_proj reads RMSNorm(silu(o)) over all heads (paper eq. 9) instead of o.
@@ -34,6 +34,7 @@ class GSAConfig:
     occupancy: bool = True
     feature_map: str = "identity"
     slots: int = 64
+    eviction: str = "oldest"
     rope: bool = True
     scale: float | None = None
     output_norm: bool = False
@@ -47,9 +48,8 @@ class GSAConfig:
         return GSASpec(self.gate, self.damping, self.ring, self.sinks, self.occupancy, self.feature_map)
 
     @property
-    def long_slots(self) -> int:
-        """Slots outside the ring; none where there is no ring."""
-        return self.slots - self.ring if self.ring else 0
+    def scored(self) -> bool:
+        return self.eviction == "score"
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> "GSAConfig":
@@ -75,13 +75,12 @@ class GSAConfig:
         return {i: gsa for i, gsa in every.items() if gsa is not None}
 
     def state_bytes(self, config: PreTrainedConfig) -> int:
-        """Memory of one sequence in the GSA layers, however long: float32 keys, values and occupancy of each slot, the
-        position, and how many tokens each head has routed. Layers that keep softmax attention come on top
+        """Memory of one sequence in the GSA layers, however long: float32 keys, values and occupancy of each slot, with
+        scores its token's rank and position, and the text's position. Layers that keep softmax attention come on top
         (families.window tells for how many tokens)."""
-        per_slot = 4 * config.num_key_value_heads * (2 * head_dim(config) + 1)
-        return sum(
-            gsa.slots * per_slot + 8 * (1 + config.num_key_value_heads) for gsa in self.gsa_layers(config).values()
-        )
+        numbers = 2 * head_dim(config) + 1
+        slots = sum(gsa.slots * (numbers + 2 * gsa.scored) for gsa in self.gsa_layers(config).values())
+        return 4 * config.num_key_value_heads * slots + 8 * len(self.gsa_layers(config))
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -91,9 +90,9 @@ class GSAConfig:
     ) -> dict[str, torch.Tensor]:
         """The parameters that GSA adds to one attention module, at their starting values, in float32.
 
-        f_proj.weight [H*M, hidden]; with a clock write, keep [H, M]; with long slots router.weight [H, hidden] and
-        router.bias [H], which send no token there before they are fitted (t2r.convert.route) or trained; with
-        output_norm g_norm.weight [heads * head_dim].
+        f_proj.weight [H*M, hidden]; with a clock write, keep [H, M]; with scores bonus.weight [H, hidden], bonus.bias
+        [H] and recent [H], with which the oldest goes until they are fitted (t2r.convert.evict); with output_norm
+        g_norm.weight [heads * head_dim].
         """
         gate = torch.zeros(kv_heads * self.slots, hidden)
         if self.gate_std:
@@ -102,9 +101,10 @@ class GSAConfig:
         if self.ring:
             tensors["write"] = torch.ones(kv_heads, self.slots)
             tensors["keep"] = torch.zeros(kv_heads, self.slots)
-        if self.long_slots:
-            tensors["router.weight"] = torch.zeros(kv_heads, hidden)
-            tensors["router.bias"] = -torch.ones(kv_heads)
+        if self.scored:
+            tensors["bonus.weight"] = torch.zeros(kv_heads, hidden)
+            tensors["bonus.bias"] = torch.zeros(kv_heads)
+            tensors["recent"] = torch.ones(kv_heads)
         if self.output_norm:
             tensors["g_norm.weight"] = torch.ones(heads * head_dim)
         return tensors
@@ -121,6 +121,7 @@ def known_fields(cls: type, values: dict, where: str) -> dict:
 
 # exact: a ring buffer with sinks, equal to the source's attention over the slots' tokens before any training.
 # paper: arXiv 2409.07146 section 4.2 with the settings of its public checkpoints.
+EVICTIONS = ("oldest", "score")
 PRESETS = {
     "exact": GSAConfig(),
     "paper": GSAConfig(
@@ -130,9 +131,8 @@ PRESETS = {
 }  # fmt: skip
 
 
-def preset(name: str, slots: int | None = None, sinks: int | None = None, long_slots: int = 0) -> GSAConfig:
-    """A preset with the number of slots and sinks replaced, and long_slots of the slots outside the ring; UserError
-    where they do not fit."""
+def preset(name: str, slots: int | None = None, sinks: int | None = None, eviction: str = "oldest") -> GSAConfig:
+    """A preset with the number of slots and sinks, and eviction, replaced; UserError where they do not fit."""
     if name not in PRESETS:
         raise UserError(
             f"unknown preset {name!r}", where="--preset", nearest=nearest(name, PRESETS) or ", ".join(PRESETS)
@@ -152,18 +152,17 @@ def preset(name: str, slots: int | None = None, sinks: int | None = None, long_s
             where="--sinks",
             nearest=str(min(4, gsa.ring - 1)),
         )
-    if long_slots < 0 or (long_slots and not gsa.ring):
-        reason = "cannot be negative" if gsa.ring else f"lie outside a ring, and preset {name!r} has none"
-        raise UserError(f"{long_slots} long slots: they {reason}", where="--long-slots", nearest="0")
-    if gsa.ring and long_slots >= gsa.slots - gsa.sinks:
-        what = f"{long_slots} long slots of {gsa.slots} leave none for the ring beside {gsa.sinks} sinks"
-        raise UserError(what, where="--long-slots", nearest=str((gsa.slots - gsa.sinks) // 2))
-    return replace(gsa, ring=gsa.ring and gsa.slots - long_slots)
+    if eviction not in EVICTIONS:
+        raise UserError(f"unknown eviction {eviction!r}", where="--eviction", nearest=nearest(eviction, EVICTIONS))
+    if eviction != "oldest" and not gsa.ring:
+        what = f"preset {name!r} has no clock: its slots hold no single tokens to evict"
+        raise UserError(what, where="--eviction", nearest="oldest")
+    return replace(gsa, eviction=eviction)
 
 
 def fit_layers(gsa: GSAConfig, source: PreTrainedConfig, slots: dict[int, int], softmax_layers: list[int]) -> GSAConfig:
-    """The record of a conversion of `source`: `gsa` with slots of single layers (the same share of them long), layers
-    that keep softmax attention, and what each layer's own window asks for.
+    """The record of a conversion of `source`: `gsa` with slots of single layers, layers that keep softmax
+    attention, and what each layer's own window asks for.
 
     A layer whose window fits into its ring needs no sinks: a ring of the window's size equals it on any text. In the
     others sinks are read within an eighth of what the layer was trained on: on SmolLM2 anything up to a quarter of the
@@ -172,23 +171,20 @@ def fit_layers(gsa: GSAConfig, source: PreTrainedConfig, slots: dict[int, int], 
     if set(softmax_layers) >= set(range(source.num_hidden_layers)):
         raise UserError("every layer would keep softmax attention", where="--keep-softmax")
 
-    def long_of(slots: int) -> int:
-        return gsa.long_slots * slots // gsa.slots
-
     for i in sorted(slots):
         if i in softmax_layers:
             raise UserError(f"layer {i} keeps softmax attention and has no slots", where="--layer-slots")
-        if slots[i] - long_of(slots[i]) <= gsa.sinks:
+        if slots[i] <= gsa.sinks:
             raise UserError(f"{slots[i]} slots are too few in layer {i}", where="--layer-slots", nearest=gsa.slots)
 
     def fitted(slots: int, limit: int | None) -> GSAConfig:
-        ring, sinks, distance = (slots - long_of(slots) if gsa.ring else 0), gsa.sinks, None
+        ring, sinks, distance, eviction = (slots if gsa.ring else 0), gsa.sinks, None, gsa.eviction
         if ring and limit and slots >= limit:
             ring = slots = limit
-            sinks = 0
+            sinks, eviction = 0, "oldest"
         if sinks and gsa.rope:
             distance = max(ring, min(trained_context(source), limit or trained_context(source)) // 8)
-        return replace(gsa, slots=slots, ring=ring, sinks=sinks, sink_distance=distance)
+        return replace(gsa, slots=slots, ring=ring, sinks=sinks, sink_distance=distance, eviction=eviction)
 
     main, layers = fitted(gsa.slots, None), {}
     for i in sorted(set(range(source.num_hidden_layers)) - set(softmax_layers)):

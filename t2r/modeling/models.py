@@ -23,7 +23,7 @@ from .configuration import CONFIG_CLASSES, CONFIG_MAPPING, GSAConfig
 class GSAParameters:
     """How transformers is to treat the parameters that GSA adds: mixed in front of both of a family's classes."""
 
-    _keep_in_fp32_modules_strict = ["self_attn.write", "self_attn.keep"]
+    _keep_in_fp32_modules_strict = ["self_attn.write", "self_attn.keep", "self_attn.recent"]
 
     def _init_weights(self, module):
         super()._init_weights(module)

@@ -15,6 +15,7 @@ from t2r.schema import LoRAConfig, StageConfig
 
 GATES = ("f_proj", "write", "keep")
 BIASES = ("write", "keep")
+SCORES = ("bonus", "recent")  # which token is evicted: a choice, which has no gradient
 LORA = ".lora_"
 
 
@@ -24,7 +25,7 @@ def group_of(name: str) -> str:
     if any(part in GATES for part in parts):
         return "gates"
     if "self_attn" in parts:
-        return "router" if "router" in parts else "mixer"
+        return "scores" if any(part in SCORES for part in parts) else "mixer"
     return "body"
 
 
@@ -45,6 +46,9 @@ def parameter_groups(student: nn.Module, config: StageConfig) -> list[dict]:
     groups, used = {}, set()
     for name, parameter in student.named_parameters():
         kind, plain = group_of(name), plain_name(name)
+        if kind == "scores":
+            parameter.requires_grad_(False)
+            continue
         pattern = next((p for p in config.lr.named if fnmatchcase(plain, p)), None)
         if pattern is not None:
             used.add(pattern)
@@ -119,7 +123,7 @@ def add_adapters(student: nn.Module, lora: LoRAConfig) -> None:
 
     linear = {name.split(".")[-1] for name, module in student.named_modules() if isinstance(module, nn.Linear)}
     for target in lora.targets:
-        if target not in linear - {"f_proj", "router"}:
+        if target not in linear - {"f_proj", "bonus"}:
             raise UserError(f"lora.targets {target!r} is no linear layer", nearest=nearest(target, linear))
     # peft draws A with the global generator: all processes, and a resumed run, must draw the same
     with torch.random.fork_rng():

@@ -248,8 +248,8 @@ def test_errors_of_an_exact_start_lie_past_its_slots(pair, blocks):
     assert outcome.warnings == []
 
 
-def test_a_hybrid_with_long_slots(folders, tmp_path, recipe):
-    options = dict(slots=SLOTS, sinks=2, long_slots=4, keep_softmax="0", verify=False)
+def test_a_hybrid_that_evicts_by_score(folders, tmp_path, recipe):
+    options = dict(slots=SLOTS, sinks=2, eviction="score", keep_softmax="0", verify=False)
     convert(str(folders / "llama"), str(tmp_path / "hybrid"), **options)
     tasks = [
         {"kind": "perplexity", "block": 64, "edges": [0, 64], "totals": [64], "items": 3},
@@ -261,7 +261,7 @@ def test_a_hybrid_with_long_slots(folders, tmp_path, recipe):
     ]
     models = [str(folders / "llama"), str(tmp_path / "hybrid")]
     results = compare(models, recipe(tasks=tasks), str(tmp_path / "report"))["results"]
-    # the layer that kept its attention makes no error; of the other, long slots reach past the window
+    # the layer that kept its attention makes no error; of the other, slots reach past the window
     layers = results["layers"]["metrics"]
     assert layers["layer 0"]["hybrid"]["value"] < 1e-3 < 0.1 < layers["layer 1"]["hybrid"]["value"]
     assert list(results["slot_use"]["metrics"])[7:] == ["layer 1"]

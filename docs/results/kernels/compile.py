@@ -20,7 +20,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from t2r.kernels.gsa import backward, decode, forward
+from t2r.kernels.gsa import backward, decode, forward, turns
 from t2r.kernels.gsa import gates as gate_kernels
 from t2r.kernels.gsa.fused import step_warps, tile_for
 
@@ -36,19 +36,21 @@ GATES = {
     "paper": {"FORM": "sigmoid", "RING": 0, "SINKS": 0, "OCCUPANCY": False, "HAS_POSITIONS": False},
     "exact": {"FORM": "linear", "SINKS": 4, "OCCUPANCY": True, "HAS_POSITIONS": True},
 }
-INTEGERS = {"label": "*i8", "last": "*i32", "positions": "*i64", "position": "*i64"}
+INTEGERS = {"label": "*i8", "last": "*i32", "positions": "*i64", "position": "*i64", "recent": "*i32", "stamps": "*i32",
+            "turns": "*i32"}  # fmt: skip
 ROWS = {"q", "k", "v", "gate", "do", "o", "dq", "dk", "dv", "dgate"}
 STATES = {"states", "adjoint", "written", "later", "left"}
 
 
 def build(kernel, flags: dict, rows: str, states: str, arch: int, warps: int) -> dict:
     """Resources of one kernel."""
-    absent = {"q_sink", "dq_sink", "s", "ds", "table", "bounds"}
+    absent = {"q_sink", "dq_sink", "s", "ds", "table", "bounds", "cu_seqlens"}
+    absent |= set() if flags["HAS_BONUS"] else {"bonus", "recent", "ranks", "stamps", "turns"}
     absent |= {f"{side}_{part}" for side in ("begin", "end") for part in ("keys", "values", "occupancy")}
     absent |= set() if flags["RING"] else {"write", "keep", "d_bias"}
     absent |= set() if flags["OCCUPANCY"] else {"occupancy", "d_occupancy", "z_rows", "inverse", "log_z"}
     absent |= set() if flags["LINEAR"] else {"across"}
-    absent |= set() if flags["HAS_POSITIONS"] or kernel is decode.step_kernel else {"positions"}
+    absent |= set() if flags["HAS_POSITIONS"] or kernel in (decode.step_kernel, turns.turns_kernel) else {"positions"}
     signature, constants = {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in flags or name in absent:
@@ -97,6 +99,7 @@ def main(out: str) -> None:
         padded = triton.next_power_of_2(dim)
         flags = {
             **spec, "RING": slots if gates == "exact" else 0, "LINEAR": gates == "exact", "PACKED": False,
+            "HAS_BONUS": gates == "exact", "HAS_TURNS": gates == "exact",
             "HAS_S": False, "HAS_SINK": False, "REVERSE": False, "HAS_BEGIN": False, "HAS_END": False, "SILU": False,
             "PRECISION": "tf32x3" if name == "fp16" else "ieee", "D": dim, "BD": padded, "E": dim, "BE": padded,
             "M": slots, "BM": min(slots, 32), "BLOCKS": slots // min(slots, 32), "C": tile.chunk, "BACKWARD": True,
@@ -111,6 +114,7 @@ def main(out: str) -> None:
         }  # fmt: skip
         if spec["OCCUPANCY"]:
             kernels["occupancy"] = (gate_kernels.occupancy_kernel, 2)
+            kernels["turns"] = (turns.turns_kernel, 1)
         row = {"arch": arch, "dim": dim, "slots": slots, "groups": groups, "dtype": name, "gates": gates,
                "tile": tile._asdict(), "kernels": {}}  # fmt: skip
         for part, (kernel, warps) in kernels.items():

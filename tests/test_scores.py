@@ -1,0 +1,159 @@
+"""Scores for eviction, fitted to a source: against sums and a simulation by hand, and a conversion from end to end."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from t2r.cli import main
+from t2r.convert import convert
+from t2r.convert.checks import bonuses, decided
+from t2r.convert.evict import FADING, FLOOR, Attention, choose, distances, fit, least_squares, next_turn
+from t2r.convert.source import open_source
+from t2r.convert.verify import load_gsa
+from t2r.evaluate.models import open_models, window_only
+from t2r.modeling.configuration import preset
+
+
+def some_attention(T, H, G, D, seed=0, sharpness=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    query, key = torch.randn(H * G, T, D, generator=generator), torch.randn(H, T, D, generator=generator)
+    return Attention(sharpness * query, key, 0.5, None)
+
+
+@pytest.mark.parametrize("reach", [None, 20])
+def test_what_a_token_is_read_later(reach):
+    T, H, G = 60, 2, 3
+    text = some_attention(T, H, G, 4)._replace(reach=reach)
+    near, far = distances(T)
+    assert (near, far) == (7, 30) and distances(1024) == (40, 512)
+    expected = torch.zeros(H, T)
+    for head in range(H * G):
+        for t in range(T):
+            first = 0 if reach is None else max(0, t - reach + 1)
+            weights = torch.softmax(0.5 * text.key[head // G, first : t + 1] @ text.query[head, t], dim=0)
+            for j in range(max(first, t - far + 1), t - near + 1):
+                expected[head // G, j] += weights[j - first] ** 2 / G
+    torch.testing.assert_close(text.read_later(), expected)
+
+
+def test_a_linear_truth_is_found():
+    """Targets that are linear in the input, and a constant: its weights."""
+    generator = torch.Generator().manual_seed(1)
+    x, truth = torch.randn(4, 200, 8, generator=generator).double(), torch.randn(2, 8, generator=generator).double()
+    torch.testing.assert_close(least_squares(x, x @ truth.T - 3), truth, atol=5e-3, rtol=0)
+
+
+def test_the_next_token_in_a_slot():
+    turn = torch.tensor([[0, 1, 2, 1, 1, 2, 3, 0]]).int()[..., None]
+    assert next_turn(turn)[0, :, 0].tolist() == [7, 3, 5, 4, 8, 8, 8, 8]
+
+
+def test_settings_that_lose_least_are_chosen():
+    """A head whose scores tell all keeps few tokens in any case; one whose scores tell the contrary keeps a window.
+    What is lost by each setting is simulated here again, by lists."""
+    T, H, gsa = 120, 2, replace(preset("exact", slots=16, sinks=2))
+    texts = [some_attention(T, H, 2, 4, seed, sharpness=3.0) for seed in range(2)]
+    later = torch.stack([torch.stack(list(text.squares())).sum(1) for text in texts]).mT  # [N,T,H], all of it
+    score = torch.log(later + FLOOR).double() * torch.tensor([1.0, -1.0])
+    recent, fading = choose(score, texts, gsa)
+
+    def lost(h, kept, rate):
+        total = 0.0
+        for text, marks in zip(texts, score[:, :, h], strict=True):
+            squares, held = list(text.squares())[h], []
+            for t in range(T):
+                if len(held) == gsa.slots:
+                    old = [j for j in held[gsa.sinks :] if t - j >= kept]
+                    out = min(old, key=lambda j: marks[j].item() / rate + j)
+                    held.remove(out)
+                    total += squares[t:, out].sum().item()
+                held.append(t)
+        return total
+
+    for h in range(H):
+        mine = lost(h, recent[h].item(), fading[h].item())
+        assert mine <= min(lost(h, kept, rate) for kept in (1, 3, 7, 14) for rate in (FADING[0], FADING[-1])) + 1e-3
+    assert recent[0] < 7 < recent[1] == gsa.slots - gsa.sinks
+
+
+def test_a_layer_is_fitted():
+    """Bonuses are centred, and order tokens as what is read later does where that is linear in the input."""
+    N, T, gsa = 4, 200, replace(preset("exact", slots=16, sinks=2))
+    texts = [some_attention(T, 2, 2, 4, seed, sharpness=3.0) for seed in range(N)]
+    later = torch.stack([text.read_later() for text in texts]).mT
+    hidden = torch.cat([torch.log(later + FLOOR), torch.randn(N, T, 6)], dim=-1)
+    found = fit(hidden, texts, gsa)
+    bonus = hidden @ found["bonus.weight"].T + found["bonus.bias"]
+    assert bonus[:, gsa.sinks :].mean((0, 1)).abs().max() < 1e-2 * bonus.std()
+    told = slice(gsa.sinks, T - distances(T)[1])
+    for h in range(2):
+        pair = torch.stack([bonus[:, told, h].flatten(), hidden[:, told, h].flatten()])
+        assert torch.corrcoef(pair)[0, 1] > 0.99
+    assert (found["recent"] >= 1).all() and (found["recent"] <= 14).all()
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "long.jsonl"
+    draw = torch.Generator().manual_seed(2)
+    rows = [torch.randint(97, 123, (2000,), generator=draw).tolist() for _ in range(6)]
+    file.write_text("".join(json.dumps({"text": "".join(map(chr, row))}) + "\n" for row in rows))
+    return file
+
+
+def test_a_conversion_is_verified_both_ways(tiny_llama, text, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = ["--slots", "16", "--sinks", "2", "--eviction", "score", "--eviction-text", str(text)]
+    assert main(["convert", str(tiny_llama), str(out), *words]) == 0
+    assert "\nscores fit  in " in (printed := capsys.readouterr().out) and "\nverified\n" in printed
+    assert main(["verify", str(out), "--source", str(tiny_llama), "--by-layer"]) == 0
+    model = load_gsa(open_source(out))
+    ids = torch.tensor([[5 + i * i % 40 for i in range(90)]])
+    with torch.inference_mode():
+        known = bonuses(model, ids)
+        logits = model(ids).logits
+        assert all(x.shape == (90, 2) and x.std() > 0 for x in known.values())
+        with decided(model, known):
+            torch.testing.assert_close(model(ids).logits, logits)
+        with decided(model, {i: -x for i, x in known.items()}):
+            assert (model(ids).logits - logits).abs().max() > 1e-3
+        torch.testing.assert_close(model(ids).logits, logits)  # and nothing is left of it
+
+
+@torch.inference_mode()
+def test_what_is_left_without_scores_is_a_window(tiny_llama, text, tmp_path):
+    models = {}
+    for eviction in ("score", "oldest"):
+        convert(str(tiny_llama), str(tmp_path / eviction), slots=16, sinks=2, eviction=eviction, verify=False,
+                eviction_text=[str(text)])  # fmt: skip
+        models[eviction] = load_gsa(open_source(tmp_path / eviction))
+    entries = open_models([str(tmp_path / eviction) for eviction in models])
+    assert [entry.has_learned() for entry in entries] == [True, False]
+    ids = torch.tensor([[5 + i * i % 40 for i in range(90)]])
+    expected = models["oldest"](ids).logits
+    assert (models["score"](ids).logits - expected).abs().max() > 1e-3
+    assert window_only(models["score"])
+    torch.testing.assert_close(models["score"](ids).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--preset", "paper", "--sinks", "0"],
+            "preset 'paper' has no clock",
+        ),
+        (["--eviction-text", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--eviction-text", "short.jsonl"], "nearest valid: --eviction-text shipped:train"),
+    ],
+)
+def test_what_cannot_be_is_one_line(words, message, tiny_llama, tmp_path, tmp_path_factory, capsys, monkeypatch):
+    out, here = tmp_path / "out", tmp_path_factory.mktemp("here")
+    (here / "short.jsonl").write_text(json.dumps({"text": "too short"}) + "\n")
+    monkeypatch.chdir(here)
+    options = ["--slots", "16", "--sinks", "2", "--eviction", "score", *words]
+    assert main(["convert", str(tiny_llama), str(out), *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") <= 2 and not list(tmp_path.iterdir())
