@@ -11,6 +11,7 @@ from t2r.kernels.gsa.turns import launch
 
 HARD = GSASpec(gate="linear", damping=512.0, ring=10, sinks=3, occupancy=True)
 RING, SINKS, M = 10, 3, 12
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where Triton kernels run, or are interpreted
 
 
 def simulated(bonus, positions, recent, rank, stamp):
@@ -61,7 +62,9 @@ def test_slots_are_those_of_a_simulation(kernel):
         state = memories(documents, positions)
         rank, stamp = state.rank.clone(), state.stamp.clone()
         if kernel:
-            turn = launch(bonus, recent, positions, cu_seqlens, rank, stamp, RING, SINKS)
+            given = (bonus, recent, positions, cu_seqlens, rank, stamp)
+            given = [x if x is None else x.to(DEVICE) for x in given]
+            turn, rank, stamp = (x.cpu() for x in (launch(*given, RING, SINKS), *given[4:]))
         else:
             turn = one_by_one(bonus, recent, positions, cu_seqlens, rank, stamp, RING, SINKS)
         for n, (b, begin, end) in enumerate(documents):

@@ -1,7 +1,6 @@
 """Scores for eviction, fitted to a source: against sums and a simulation by hand, and a conversion from end to end."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -53,7 +52,7 @@ def test_the_next_token_in_a_slot():
 def test_settings_that_lose_least_are_chosen():
     """A head whose scores tell all keeps few tokens in any case; one whose scores tell the contrary keeps a window.
     What is lost by each setting is simulated here again, by lists."""
-    T, H, gsa = 120, 2, replace(preset("exact", slots=16, sinks=2))
+    T, H, gsa = 120, 2, preset("exact", slots=16, sinks=2)
     texts = [some_attention(T, H, 2, 4, seed, sharpness=3.0) for seed in range(2)]
     later = torch.stack([torch.stack(list(text.squares())).sum(1) for text in texts]).mT  # [N,T,H], all of it
     score = torch.log(later + FLOOR).double() * torch.tensor([1.0, -1.0])
@@ -80,7 +79,7 @@ def test_settings_that_lose_least_are_chosen():
 
 def test_a_layer_is_fitted():
     """Bonuses are centred, and order tokens as what is read later does where that is linear in the input."""
-    N, T, gsa = 4, 200, replace(preset("exact", slots=16, sinks=2))
+    N, T, gsa = 4, 200, preset("exact", slots=16, sinks=2)
     texts = [some_attention(T, 2, 2, 4, seed, sharpness=3.0) for seed in range(N)]
     later = torch.stack([text.read_later() for text in texts]).mT
     hidden = torch.cat([torch.log(later + FLOOR), torch.randn(N, T, 6)], dim=-1)

@@ -49,7 +49,7 @@ def step_kernel(
         rank, stamp = tl.load(ranks + memory), tl.load(stamps + memory)
         slot = least(rank, stamp, turn, tl.load(recent + h), m, RING, SINKS)
         taken = (m == slot) & (turn >= 0)
-        tl.store(ranks + memory, tl.where(taken, turn.to(tl.float32) + tl.load(bonus + n * H + h), rank))
+        tl.store(ranks + memory, tl.where(taken, turn.to(tl.float32) + tl.load(bonus + n * H + h).to(tl.float32), rank))
         tl.store(stamps + memory, tl.where(taken, turn, stamp))
         turn = slot
     elif RING:

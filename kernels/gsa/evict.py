@@ -26,8 +26,7 @@ def evict(
     bonus [B,T,H], in tokens; recent [H], a whole number from 1 to ring - sinks; positions [B,T], -1 is padding: it
     takes no slot (what is returned for it is one of them). cu_seqlens [N+1]: packed documents, then B = 1.
     """
-    bonus, recent = bonus.float(), recent.round().to(torch.int32)
-    rank, stamp = rank.float().clone(), stamp.clone()
+    rank, stamp = rank.clone(), stamp.clone()
     if bonus.is_cuda:
         from .turns import launch
 
@@ -38,7 +37,7 @@ def evict(
 @evict.register_fake
 def _(bonus, recent, positions, cu_seqlens, rank, stamp, ring, sinks):
     turn = torch.empty(bonus.shape, device=bonus.device, dtype=torch.int32)
-    return turn, torch.empty_like(rank, dtype=torch.float32), torch.empty_like(stamp)
+    return turn, torch.empty_like(rank), torch.empty_like(stamp)
 
 
 def one_by_one(
@@ -51,8 +50,8 @@ def one_by_one(
     turn = torch.zeros(B * T, H, dtype=torch.int32)
     begin = np.arange(B) * T if cu_seqlens is None else cu_seqlens[:-1].numpy()
     count = np.full(B, T) if cu_seqlens is None else cu_seqlens.diff().numpy()
-    marks, where, turns = bonus.numpy().reshape(-1, H), positions.numpy().reshape(-1), turn.numpy()
-    ranks, stamps, least = rank.numpy(), stamp.numpy(), recent.numpy()[:, None]
+    marks, where, turns = bonus.float().numpy().reshape(-1, H), positions.numpy().reshape(-1), turn.numpy()
+    ranks, stamps, least = rank.numpy(), stamp.numpy(), recent.float().numpy()[:, None]
     for t in range(count.max(initial=0)):
         n = np.flatnonzero((t < count) & (where[np.minimum(begin + t, B * T - 1)] >= 0))  # documents with a token here
         at = begin[n] + t

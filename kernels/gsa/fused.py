@@ -373,9 +373,6 @@ def fused_step(
     """One token of every sequence: o and the memory after it, in the state's own tensors if in_place."""
     positions = state.position.clone() if positions is None else positions.contiguous()
     memory = state if in_place else SlotState(*(x.clone() for x in state))
-    if bonus is not None:
-        bonus, recent = bonus.float().contiguous(), recent.round().to(torch.int32)
-    o = gsa_step(
-        q, k, v, gate, s, write, keep, q_sink, bonus, recent, positions, *memory, *spelled(spec, scale)
-    )  # fmt: skip
-    return o, memory
+    bonus = bonus if bonus is None else bonus.contiguous()
+    given = (q, k, v, gate, s, write, keep, q_sink, bonus, recent, positions)
+    return gsa_step(*given, *memory, *spelled(spec, scale)), memory

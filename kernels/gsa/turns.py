@@ -39,7 +39,7 @@ def turns_kernel(
         position = tl.load(positions + t).to(tl.int32)
         slot = least(rank, stamp, position, kept, m, RING, SINKS)
         here = (m == slot) & (position >= 0)
-        rank = tl.where(here, position.to(tl.float32) + tl.load(bonus + t * H + h), rank)
+        rank = tl.where(here, position.to(tl.float32) + tl.load(bonus + t * H + h).to(tl.float32), rank)
         stamp = tl.where(here, position, stamp)
         tl.store(turns + t * H + h, tl.maximum(slot, 0))
     tl.store(ranks + memory, rank, mask=m < M)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from t2r.families import FAMILIES
 from t2r.modeling.cache import CACHE
-from t2r.modeling.configuration import GSAConfig
+from t2r.modeling.configuration import FLOAT32, GSAConfig
 
 SCORES = {"bonus.weight": 0.0, "bonus.bias": 0.0, "recent": 1.0}  # with which the oldest token is evicted
 
@@ -141,7 +141,7 @@ def low_precision(module):
     """A copy of a mixer in bfloat16, but for the gate biases, as transformers loads it."""
     low = copy.deepcopy(module)
     for name, parameter in low.named_parameters():
-        if name not in ("write", "keep", "recent"):
+        if name not in FLOAT32:
             parameter.data = parameter.data.to(torch.bfloat16)
     return low
 

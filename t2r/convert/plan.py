@@ -10,7 +10,7 @@ import torch
 from t2r.convert.source import Source
 from t2r.errors import UserError
 from t2r.families import check_attention, family_of, head_dim
-from t2r.modeling.configuration import CONFIG_CLASSES, GSAConfig, fit_layers, preset
+from t2r.modeling.configuration import CONFIG_CLASSES, FLOAT32, GSAConfig, fit_layers, preset
 
 Status = Literal["copied", "transformed", "new", "tied", "ignored"]
 MEMORY_FLOOR = 600_000_000  # python, torch and transformers before the first tensor
@@ -113,9 +113,8 @@ class Plan:
         count = {gsa.slots for gsa in layers}
         line = f"{min(count)} slots" if len(count) == 1 else f"{min(count)} to {max(count)} slots"
         sinks = max(gsa.sinks for gsa in layers)
-        line += (", evicted by score" if any(gsa.scored for gsa in layers) else "") + (
-            f", {sinks} sinks" if sinks else ""
-        )
+        line += ", evicted by score" if any(gsa.scored for gsa in layers) else ""
+        line += f", {sinks} sinks" if sinks else ""
         kept = self.gsa.softmax_layers
         return line + (f", softmax kept in {len(kept)} of {self.config.num_hidden_layers} layers" if kept else "")
 
@@ -298,8 +297,8 @@ def target_tensors(config) -> tuple[dict[str, tuple[int, ...]], NewTensors]:
 
 
 def new_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    """Projections and norms are stored like the model, gate biases in float32: they are far from bfloat16's grid."""
-    return torch.float32 if name.rsplit(".", 1)[-1] in ("write", "keep", "recent") else dtype
+    """Projections and norms are stored like the model, the rest in float32."""
+    return torch.float32 if name.rsplit(".", 1)[-1] in FLOAT32 else dtype
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -173,27 +173,14 @@ def spied(model, note: Callable[[int, dict], None]) -> Iterator[None]:
     """Within, note(layer, call) is called for each GSA layer's operation: its q, k, gates and options."""
     original, current = attention_module.gsa, []
 
-    def spy(
-        q,
-        k,
-        v,
-        gate,
-        *,
-        spec,
-        scale,
-        write=None,
-        keep=None,
-        q_sink=None,
-        bonus=None,
-        recent=None,
-        positions=None,
-        **options,
-    ):
-        where = positions if positions is not None else torch.arange(q.shape[1], device=q.device).expand(q.shape[:2])
+    def spy(q, k, v, gate, *, spec, scale, **options):
+        write, keep, q_sink, bonus, where = map(options.get, ("write", "keep", "q_sink", "bonus", "positions"))
+        if where is None:
+            where = torch.arange(q.shape[1], device=q.device).expand(q.shape[:2])
         turn = None
         if bonus is not None:
-            ranks = SlotState.empty(*bonus.shape[::2], gate.shape[-1], 1, 1, q.device, ranked=True)[4:]
-            turn = evict(bonus, recent, where, None, *ranks, spec.ring, spec.sinks)[0]
+            empty = SlotState.empty(*bonus.shape[::2], gate.shape[-1], 1, 1, q.device, ranked=True)
+            turn, *_ = evict(bonus, options["recent"], where, None, empty.rank, empty.stamp, spec.ring, spec.sinks)
         forget, s = gates(gate, where, spec, write, keep, None, turn)
         act = silu if spec.feature_map == "silu" else lambda x: x
         queries = [None if x is None else act(x) for x in (q, q_sink)]
@@ -207,8 +194,7 @@ def spied(model, note: Callable[[int, dict], None]) -> Iterator[None]:
             "spec": spec,
         }
         note(current[-1], {**call, "scale": scale, "groups": q.shape[2] // k.shape[2]})
-        passed = dict(spec=spec, scale=scale, write=write, keep=keep, q_sink=q_sink, positions=positions)
-        return original(q, k, v, gate, **passed, bonus=bonus, recent=recent, **options)
+        return original(q, k, v, gate, spec=spec, scale=scale, **options)
 
     modules = [module for module in model.modules() if isinstance(module, attention_module.GSAttention)]
     hooks = [module.register_forward_pre_hook(lambda m, args: current.append(m.layer_idx)) for module in modules]

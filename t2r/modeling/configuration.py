@@ -10,6 +10,9 @@ from t2r.errors import UserError, nearest
 from t2r.families import FAMILIES, Family, head_dim, trained_context, window
 from t2r.kernels.gsa import GSASpec
 
+EVICTIONS = ("oldest", "score")
+FLOAT32 = ("write", "keep", "recent")  # parameters that stay in it: gate biases are far from bfloat16's grid
+
 
 @dataclass(frozen=True)
 class GSAConfig:
@@ -121,7 +124,6 @@ def known_fields(cls: type, values: dict, where: str) -> dict:
 
 # exact: a ring buffer with sinks, equal to the source's attention over the slots' tokens before any training.
 # paper: arXiv 2409.07146 section 4.2 with the settings of its public checkpoints.
-EVICTIONS = ("oldest", "score")
 PRESETS = {
     "exact": GSAConfig(),
     "paper": GSAConfig(

@@ -17,13 +17,13 @@ from t2r.kernels.gsa.documents import count_positions
 
 from .attention import Context, GSAttention, adopt_attention
 from .cache import CACHE, adopt
-from .configuration import CONFIG_CLASSES, CONFIG_MAPPING, GSAConfig
+from .configuration import CONFIG_CLASSES, CONFIG_MAPPING, FLOAT32, GSAConfig
 
 
 class GSAParameters:
     """How transformers is to treat the parameters that GSA adds: mixed in front of both of a family's classes."""
 
-    _keep_in_fp32_modules_strict = ["self_attn.write", "self_attn.keep", "self_attn.recent"]
+    _keep_in_fp32_modules_strict = [f"self_attn.{name}" for name in FLOAT32]
 
     def _init_weights(self, module):
         super()._init_weights(module)

@@ -36,7 +36,7 @@ GATES = {
     "paper": {"FORM": "sigmoid", "RING": 0, "SINKS": 0, "OCCUPANCY": False, "HAS_POSITIONS": False},
     "exact": {"FORM": "linear", "SINKS": 4, "OCCUPANCY": True, "HAS_POSITIONS": True},
 }
-INTEGERS = {"label": "*i8", "last": "*i32", "positions": "*i64", "position": "*i64", "recent": "*i32", "stamps": "*i32",
+INTEGERS = {"label": "*i8", "last": "*i32", "positions": "*i64", "position": "*i64", "stamps": "*i32",
             "turns": "*i32"}  # fmt: skip
 ROWS = {"q", "k", "v", "gate", "do", "o", "dq", "dk", "dv", "dgate"}
 STATES = {"states", "adjoint", "written", "later", "left"}
