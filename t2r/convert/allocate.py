@@ -9,8 +9,8 @@ Shape legend: N texts, T tokens, W hidden size, L layers.
 """
 
 import math
-from collections.abc import Iterable, Sequence
-from itertools import groupby
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby, islice, zip_longest
 from typing import NamedTuple
 
 import torch
@@ -130,16 +130,18 @@ class Allocation(NamedTuple):
 
 
 def blocks(tokenizer, specs: Sequence[str], texts: int, context: int, otherwise: str = "a smaller --context") -> Tensor:
-    """ids [N,T]: the first `context` tokens of the first `texts` documents that have so many. otherwise: what a user
-    could do where none has."""
-    found = []
-    for source in resolve(specs):
-        for document in source.documents("text"):
-            ids = tokenizer(document[: 16 * context]).input_ids[:context] if isinstance(document, str) else []
-            if len(ids) == context:
-                found.append(ids)
-            if len(found) == texts:
-                return torch.tensor(found)
+    """ids [N,T]: the first `context` tokens of documents that have so many, of each spec in turn, `texts` in all.
+    otherwise: what a user could do where none has."""
+
+    def long_enough(spec: str) -> Iterator[list[int]]:
+        for source in resolve([spec]):
+            for document in source.documents("text"):
+                ids = tokenizer(document[: 16 * context]).input_ids[:context] if isinstance(document, str) else []
+                if len(ids) == context:
+                    yield ids
+
+    in_turn = zip_longest(*map(long_enough, specs))
+    found = list(islice((ids for each in in_turn for ids in each if ids), texts))
     if not found:
         raise UserError(f"no document of {context} tokens", where=", ".join(specs), nearest=otherwise)
     return torch.tensor(found)

@@ -5,13 +5,14 @@ import gzip
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 
+from t2r.data.lookups import with_lookups
 from t2r.errors import UserError, nearest
 
-SHIPPED, TEXT = "shipped:", ".txt"
+SHIPPED, LOOKUPS, TEXT = "shipped:", "lookups:", ".txt"
 Document = str | list[dict]  # a text, or the messages of a chat
 
 
@@ -19,18 +20,21 @@ Document = str | list[dict]  # a text, or the messages of a chat
 class Source:
     """One file (`path`) or one data set on the hub (`name`, or `name:subset`; its split `train` is streamed).
 
-    identity: what the cache of its tokens is named after; it changes when the file does.
+    lookups: whether facts and questions are put into its texts. identity: what the cache of its tokens is named after;
+    it changes when the file does.
     """
 
     name: str
     path: Path | None
+    lookups: bool = False
 
     @property
     def identity(self) -> list:
+        made = [LOOKUPS] if self.lookups else []
         if self.path is None:
-            return [self.name]
+            return [self.name, *made]
         stat = self.path.stat()
-        return [str(self.path.resolve()), stat.st_size, stat.st_mtime_ns]
+        return [str(self.path.resolve()), stat.st_size, stat.st_mtime_ns, *made]
 
     @property
     def is_document(self) -> bool:
@@ -49,7 +53,9 @@ class Source:
                     where=self.name,
                     nearest=f"data.field={nearest(field, keys) or keys[0]}" if keys else None,
                 )
-            yield text
+            if self.lookups and not isinstance(text, str):
+                raise UserError(f"document {number} is a chat: lookups are put into texts", where=self.name)
+            yield with_lookups(text) if self.lookups else text
 
     def records(self, field: str) -> Iterator[dict]:
         if self.path is None:
@@ -70,9 +76,13 @@ def is_chat(value: object) -> bool:
 
 
 def resolve(specs: Sequence[str]) -> list[Source]:
-    """Files, patterns, shipped names and hub names -> sources. Raises UserError for what is not there."""
+    """Files, patterns, shipped names and hub names, any with `lookups:` before it -> sources. Raises UserError for what
+    is not there."""
     found = []
     for spec in specs:
+        if spec.startswith(LOOKUPS):
+            found += [replace(source, lookups=True) for source in resolve([spec.removeprefix(LOOKUPS)])]
+            continue
         if spec.startswith(SHIPPED):
             found.append(shipped_source(spec))
             continue

@@ -4,7 +4,7 @@ import dataclasses
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, product
 from typing import ClassVar, NamedTuple
 
 from t2r.errors import UserError
@@ -120,17 +120,51 @@ class Pairs(Probes):
     )
     plot: ClassVar[Plot] = Plot("Recall by number of pairs", "pairs in the list", "recalled exactly")
 
-    def probes(self, tokenizer, place: Place) -> Iterator[Probe]:
+    def prepare(self, tokenizer, place: Place) -> list[Probe]:
         if not all(1 <= count <= len(NAMES) for count in self.counts):
             raise UserError(f"counts {self.counts}: there are {len(NAMES)} names", where=f"task {self.name}")
-        rng, end = random.Random(self.seed), tokenizer.encode(".", add_special_tokens=False)
+        return super().prepare(tokenizer, place)
+
+    def probes(self, tokenizer, place: Place) -> Iterator[Probe]:
+        rng = random.Random(self.seed)
         for count in self.counts:
             for i in range(self.per_group):
-                facts = make_facts(tokenizer, count, rng)
-                listed = [token for fact in facts for token in [*fact.question, *fact.answer, *end]]
-                asked = facts[i * count // self.per_group]  # from the first to the last, evenly
-                context = [*tokenizer.encode(""), *listed, *asked.question]
-                yield Probe(f"{count} pairs", count, Passage([*context, *asked.answer], len(context)))
+                yield Probe(f"{count} pairs", count, self.passage(tokenizer, rng, count, i, []))
+
+    def passage(self, tokenizer, rng: random.Random, count: int, i: int, between: list[int]) -> Passage:
+        """The i-th list of `count` pairs, the tokens `between` and the question."""
+        facts, end = make_facts(tokenizer, count, rng), tokenizer.encode(".", add_special_tokens=False)
+        listed = [token for fact in facts for token in [*fact.question, *fact.answer, *end]]
+        asked = facts[i * count // self.per_group]  # from the first to the last, evenly
+        context = [*tokenizer.encode(""), *listed, *between, *asked.question]
+        return Passage([*context, *asked.answer], len(context))
+
+
+@dataclass
+class PairsLater(Pairs):
+    """The same, with each of `distances` tokens of real text between the list and the question."""
+
+    counts: list[int] = dataclasses.field(default_factory=lambda: [8])
+    distances: list[int] = dataclasses.field(default_factory=lambda: [64, 128, 256, 512, 1024])
+    data: str = "shipped:text"
+    field: str = "text"
+
+    about: ClassVar[str] = (
+        "A list of names and four-digit codes, so many tokens of real text, then the question for one of the names: "
+        "share of codes that come back exactly."
+    )
+    plot: ClassVar[Plot] = Plot("Recall of lists by distance", "tokens since the list", "recalled exactly")
+
+    def probes(self, tokenizer, place: Place) -> Iterator[Probe]:
+        if min(self.distances, default=0) < 1:
+            raise UserError(f"distances {self.distances}: 1 token or more", where=f"task {self.name}", nearest=[64])
+        rng = random.Random(self.seed)
+        text = list(islice(endless(tokenizer, self, place), 4 * max(self.distances)))
+        for count, distance in product(self.counts, self.distances):
+            for i in range(self.per_group):
+                begin = rng.randrange(len(text) - distance)
+                passage = self.passage(tokenizer, rng, count, i, text[begin : begin + distance])
+                yield Probe(f"{count} pairs, {distance:,} tokens ago", distance, passage)
 
 
 @dataclass
@@ -161,7 +195,7 @@ class Copying(Probes):
         return mean_score(name, [100 * one.right / (len(p.ids) - p.start) for p, one in scored], x)
 
 
-def endless(tokenizer, task: Needle, place: Place) -> Iterator[int]:
+def endless(tokenizer, task: Needle | PairsLater, place: Place) -> Iterator[int]:
     """The tokens of the task's data, over and over: a haystack may be longer than all of it."""
     text = []
     try:

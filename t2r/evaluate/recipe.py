@@ -14,7 +14,7 @@ from t2r.evaluate.harness import Harness
 from t2r.evaluate.instruct import TemplateFollowing
 from t2r.evaluate.likelihood import LastWord, MultipleChoice
 from t2r.evaluate.perplexity import Perplexity
-from t2r.evaluate.probes import Copying, Needle, Pairs
+from t2r.evaluate.probes import Copying, Needle, Pairs, PairsLater
 from t2r.evaluate.recall import Recall
 from t2r.evaluate.task import MissingData, Place, Task
 from t2r.evaluate.throughput import Throughput
@@ -27,6 +27,7 @@ KINDS: dict[str, type[Task]] = {
     "recall": Recall,
     "needle": Needle,
     "pairs": Pairs,
+    "pairs_later": PairsLater,
     "copying": Copying,
     "fidelity": Fidelity,
     "layers": Layers,

@@ -7,7 +7,7 @@ import torch
 
 from t2r.errors import UserError
 from t2r.evaluate.instruct import ASKED, TemplateFollowing
-from t2r.evaluate.probes import Copying, Needle, Pairs
+from t2r.evaluate.probes import Copying, Needle, Pairs, PairsLater
 from t2r.evaluate.recipe import load_recipe
 from t2r.evaluate.scoring import Score, continue_texts
 from t2r.evaluate.task import MissingData, Place
@@ -46,6 +46,17 @@ def test_each_place_of_a_list_is_asked_for(tokenizer):
     assert places == {4: [0, 1, 2, 3], 16: [0, 4, 8, 12]}
 
 
+def test_text_lies_between_a_list_and_its_question(tokenizer):
+    task = PairsLater("p", items=2, counts=[3], distances=[40, 90])
+    for probe in task.prepare(tokenizer, HERE):
+        ids, start = probe.passage
+        text, answer = tokenizer.decode(ids[:start]), tokenizer.decode(ids[start:])
+        listed, question = text.rsplit("\nCode of ", 1)
+        assert f"\nCode of {question}{answer}." in listed and listed.count("\nCode of ") == 3
+        after = listed[listed.rindex("\nCode of ") :]
+        assert len(tokenizer.encode(after[after.index(".") + 1 :], add_special_tokens=False)) == probe.x
+
+
 def test_a_copy_is_predicted_from_its_second_word(tokenizer):
     for probe in Copying("c", items=2, lengths=[3, 9]).prepare(tokenizer, HERE):
         ids, start = probe.passage
@@ -81,6 +92,7 @@ def test_a_budget_leaves_no_group_empty(tokenizer):
         (Needle("n", depths=[2.0]), "depths .2.0. do not lie between"),
         (Needle("n", lengths=[9]), "9 tokens do not hold a fact"),
         (Pairs("p", counts=[500]), "counts .500.: there are"),
+        (PairsLater("p", distances=[0]), "distances .0.: 1 token or more"),
         (Copying("c", lengths=[1]), "lengths .1.: a list has two words"),
     ],
 )
