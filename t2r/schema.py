@@ -18,7 +18,7 @@ class ConvertConfig:
     has slots already its own), the preset's slots and sinks, the source's dtype.
     layer_slots: slots of single layers, such as "0-3=128,9=256". keep_softmax: layers that stay, such as "0,8-11".
     eviction: which token makes room in a full memory, the oldest or by score; eviction_text: as DataConfig.train, the
-    text on which the scores are fitted to what the source reads.
+    text on which the scores are fitted to what the source reads, half of it with lookups (DataConfig.lookups).
     verify: prove the result before training it.
     """
 
@@ -159,6 +159,8 @@ class DataConfig:
     mix: in place of train, several such lists, each with its weight.
     held_out: in place of validation, this share of the training documents, chosen by their hash; of a .txt file, which
         is one document, its end.
+    lookups: this share of the rows is of the same text with facts put into it that it asks for again further on
+        (t2r/data/lookups.py): plain text seldom needs one word from far away, so nothing learns to keep it.
     field: the key of a document's text, or of a chat's messages: these go through the source's chat template, and only
         what the assistant says is learned.
     boundaries: documents that share a row do not see each other; false: rows are cut from one long text.
@@ -170,6 +172,7 @@ class DataConfig:
     validation: list[str] = field(default_factory=list)
     mix: list[PartConfig] = field(default_factory=list)
     held_out: float = 0.0
+    lookups: float = 0.0
     boundaries: bool = True
     stream: bool = False
     field: str = "text"
@@ -329,6 +332,8 @@ def check_data(config: RunConfig, wrong: Callable[..., NoReturn]) -> None:
             wrong(f"data.mix.{i}.weight", f"is {part.weight}, it must be positive", 1.0)
         if not part.data:
             wrong(f"data.mix.{i}.data", "is empty")
+    if not 0 <= data.lookups < 1:
+        wrong("data.lookups", f"is {data.lookups}, a share of the rows", 0.15)
     if not 0 <= data.held_out < 1:
         wrong("data.held_out", f"is {data.held_out}, a share of the documents", 0.001)
     if data.validation and data.held_out:

@@ -43,7 +43,7 @@ def _convert(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=["shipped:train"],
         metavar="FILE",
-        help="text on which scores are fitted (default: t2r's own)",
+        help="text on which scores are fitted, half of it with lookups put in (default: t2r's own)",
     )
     parser.add_argument(
         "--layer-slots", default="", metavar="LAYERS=N", help="slots in single layers, such as 0-3=128,9=256"
@@ -68,6 +68,7 @@ def _slots(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--texts", type=int, default=4, metavar="N", help="documents of it (default: 4)")
     parser.add_argument("--context", type=int, default=1024, metavar="T", help="tokens of each (default: 1024)")
     parser.add_argument("--rounds", type=int, default=2, metavar="N", help="of measuring and choosing (default: 2)")
+    parser.add_argument("--eviction", default="oldest", help="as of `t2r convert`", **one_of("oldest", "score"))
     parser.add_argument("--device", help="for example cpu or cuda:0 (default: a GPU if there is one)")
 
 

@@ -1,5 +1,6 @@
 """`t2r slots`: what is measured is what a conversion becomes, and what is chosen is the best there is."""
 
+import json
 from itertools import product
 
 import pytest
@@ -8,8 +9,9 @@ from family_cases import save_source
 from transformers import AutoModelForCausalLM
 
 from t2r.convert import convert
-from t2r.convert.allocate import Allocation, Windows, blocks, choose, slots
+from t2r.convert.allocate import Allocation, Scored, Windows, choose, slots
 from t2r.convert.checks import sink_distances
+from t2r.convert.evict import blocks
 from t2r.convert.source import open_source
 from t2r.convert.verify import load_source
 from t2r.errors import UserError
@@ -44,6 +46,26 @@ def test_a_measured_loss_is_that_of_the_conversion(family, tiny_llama, tmp_path)
         assert model(ids, labels=ids, use_cache=False).loss.item() == pytest.approx(loss, abs=2e-5)
 
 
+def test_a_measured_loss_by_score_is_that_of_the_conversion(tiny_llama, tmp_path):
+    source = open_source(str(tiny_llama))
+    ids, fit_ids = torch.randint(3, 200, (10, 200), generator=torch.Generator().manual_seed(0)).split([2, 8])
+    with torch.inference_mode():
+        scored = Scored(load_source(source), ids, 3, fit_ids)
+        loss, windows = scored.measure([16, 32]), Windows.measure(Windows(scored.model, ids, 3), [16, 32])
+        assert scored.changes([16, 32], [(32,), ()])[0][32] == pytest.approx(scored.measure([32, 32]) - loss, abs=1e-6)
+    assert abs(loss - windows) > 1e-5
+    text = tmp_path / "text.txt"
+    text.write_text("The river runs to the sea, and the sea to the river. " * 40)
+    convert(str(tiny_llama), str(tmp_path / "out"), sinks=3, layer_slots="0=16,1=32", verify=False, eviction="score",
+            eviction_text=[str(text)])  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    for (i, size), scores in scored.scores.items():
+        for name, values in scores.items() if size == [16, 32][i] else ():
+            model.model.layers[i].self_attn.get_parameter(name).data.copy_(values)
+    with torch.inference_mode(), sink_distances(model, lambda gsa: None):
+        assert model(ids, labels=ids, use_cache=False).loss.item() == pytest.approx(loss, abs=2e-5)
+
+
 def parts(option):
     """0-3=16,4=32 -> ((0, 3), 16), ((4, 4), 32)"""
     for part in option.split(","):
@@ -61,6 +83,12 @@ def test_the_command_prints_an_option_that_convert_takes(tiny_llama, tmp_path, c
     assert words[:2] == ["t2r", "convert"] and words[4:6] == ["--slots", "32"] and words[6] == "--layer-slots"
     assert sum(slots * (1 + b - a) for (a, b), slots in parts(words[7])) <= 64
     convert(str(tiny_llama), str(tmp_path / "out"), slots=32, layer_slots=words[7], verify=False)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": f"{i} ships and {i} more " * 60}) + "\n" for i in range(8)))
+    slots(str(tiny_llama), slots=32, text=[str(rows)], texts=2, context=200, eviction="score")
+    assert " --slots 32 --eviction score --layer-slots " in capsys.readouterr().out.splitlines()[-1]
+    with pytest.raises(UserError, match="16 documents of 200 tokens, and none is left.*--texts 8"):
+        slots(str(tiny_llama), slots=32, text=[str(rows)], texts=16, context=200, eviction="score")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 from t2r.cli import main
 from t2r.convert import convert
 from t2r.convert.checks import bonuses, decided
-from t2r.convert.evict import FADING, FLOOR, Attention, choose, distances, fit, least_squares, next_turn
+from t2r.convert.evict import FADING, Attention, choose, distances, fit, log_mean, next_turn
 from t2r.convert.source import open_source
 from t2r.convert.verify import load_gsa
 from t2r.evaluate.models import open_models, window_only
@@ -37,11 +37,20 @@ def test_what_a_token_is_read_later(reach):
     torch.testing.assert_close(text.read_later(), expected)
 
 
-def test_a_linear_truth_is_found():
-    """Targets that are linear in the input, and a constant: its weights."""
-    generator = torch.Generator().manual_seed(1)
-    x, truth = torch.randn(4, 200, 8, generator=generator).double(), torch.randn(2, 8, generator=generator).double()
-    torch.testing.assert_close(least_squares(x, x @ truth.T - 3), truth, atol=5e-3, rtol=0)
+def test_the_log_of_a_mean_is_found():
+    """Where one in ten of some tokens is worth 10 and of others each is worth 1, both are worth the same."""
+    draw = torch.Generator().manual_seed(1)
+    x, truth = torch.randn(4, 2000, 8, generator=draw).double(), 0.5 * torch.randn(2, 8, generator=draw).double()
+    torch.testing.assert_close(log_mean(x, (x @ truth.T - 3).exp()), truth, atol=2e-3, rtol=0)
+    seldom = (torch.rand(4, 2000, generator=draw) < 0.1) & (x[..., 0] > 0)
+    y = torch.where(x[..., 0] > 0, 10.0 * seldom, 1.0)[..., None]
+    assert log_mean(x, y)[0, 0].abs() < 0.1
+    found = log_mean(x[..., :3], y)
+    for step in torch.eye(3).double():  # no smaller deviance nearby
+        rates = [(x[..., :3] @ (found + e * step).mT)[..., 0] for e in (-0.02, 0.0, 0.02)]
+        low, here, high = ((rate - rate.exp().mean().log() - 1).mul(-y[..., 0] / y.mean()).mean() for rate in rates)
+        assert here < low + 1e-5 and here < high + 1e-5
+    assert log_mean(x, torch.zeros(4, 2000, 1).double()).abs().max() < 1e-2  # nothing to be read: no order
 
 
 def test_the_next_token_in_a_slot():
@@ -55,7 +64,7 @@ def test_settings_that_lose_least_are_chosen():
     T, H, gsa = 120, 2, preset("exact", slots=16, sinks=2)
     texts = [some_attention(T, H, 2, 4, seed, sharpness=3.0) for seed in range(2)]
     later = torch.stack([torch.stack(list(text.squares())).sum(1) for text in texts]).mT  # [N,T,H], all of it
-    score = torch.log(later + FLOOR).double() * torch.tensor([1.0, -1.0])
+    score = torch.log(later + 1e-3).double() * torch.tensor([1.0, -1.0])
     recent, fading = choose(score, texts, gsa)
 
     def lost(h, kept, rate):
@@ -82,8 +91,9 @@ def test_a_layer_is_fitted():
     N, T, gsa = 4, 200, preset("exact", slots=16, sinks=2)
     texts = [some_attention(T, 2, 2, 4, seed, sharpness=3.0) for seed in range(N)]
     later = torch.stack([text.read_later() for text in texts]).mT
-    hidden = torch.cat([torch.log(later + FLOOR), torch.randn(N, T, 6)], dim=-1)
-    found = fit(hidden, texts, gsa)
+    hidden = torch.cat([torch.log(later + 1e-6), torch.randn(N, T, 6)], dim=-1)
+    found, larger = fit(hidden, texts, [gsa, preset("exact", slots=40, sinks=2)])
+    assert larger["recent"].max() <= 38 and not torch.equal(larger["recent"], found["recent"])
     bonus = hidden @ found["bonus.weight"].T + found["bonus.bias"]
     assert bonus[:, gsa.sinks :].mean((0, 1)).abs().max() < 1e-2 * bonus.std()
     told = slice(gsa.sinks, T - distances(T)[1])

@@ -2,9 +2,11 @@
 
 What a token will be read for later shows in what its layer reads at that token: on SmolLM2-135M a linear map of the
 mixer's input predicts how much attention the token gets from the next few hundred queries beyond its neighbourhood.
-What is lost with a token grows with the square of the attention it would have got, so the score is the map to the log
-of the squares' sum (correlation 0.87 in the median head), found by least squares with the source's own attention as the
-target.
+What is lost with a token grows with the square of the attention it would have got. The score is the log of what is to
+be expected of that, by Poisson regression with the source's own attention as the target: a token that one text in ten
+will need is worth a tenth of one that all need, where the mean of logs would make it worth nothing. It is fitted to the
+root of the squares' sum, which a few tokens do not rule. Of the text half has lookups (t2r.data.lookups): in plain text
+hardly any token is needed in its own right far away, so plain text does not tell which ones could be.
 
 How fast a token's worth fades with its age, and how many of the last tokens a head is better off keeping whatever their
 score, is chosen for each head by simulation: of a few settings that which loses the least squared attention.
@@ -15,41 +17,41 @@ Shape legend: N texts, T tokens, H kv heads, G query heads per kv head, D head d
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice, zip_longest
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from t2r.convert.allocate import blocks
 from t2r.convert.checks import gsa_mixers, hooked
 from t2r.convert.paged import Pages
 from t2r.convert.source import Source
 from t2r.convert.verify import empty_model, load_source, softmax_config
 from t2r.convert.writer import available_ram
+from t2r.data.sources import LOOKUPS, resolve
+from t2r.errors import UserError
 from t2r.families import FAMILIES, trained_context, window
 from t2r.kernels.gsa import SlotState
 from t2r.kernels.gsa.evict import evict
 from t2r.modeling.configuration import GSAConfig
 
 NEAR, FAR = 40, 512  # distances between which attention counts as read later
-FLOOR = 1e-3  # squared attention, summed over those queries, under which a token counts as read by nobody
 RIDGE = 1e-3  # of the mean square of the input's channels
-TEXTS, CONTEXT = 16, 1024
-TRIED = 4  # of the texts: settings are chosen on them, with scores fitted to the others
+STEPS = 60  # of the regression at most
+TEXTS, CONTEXT = 32, 1024
+TRIED = 8  # of the texts: settings are chosen on them, with scores fitted to the others
 RECENT = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 1)  # of the slots beside the sinks; 1 is a plain window
-FADING = tuple(2.0**-e for e in range(5, 10))  # of the score, in nats a token
+FADING = tuple(2.0**-e for e in range(5, 11))  # of the score, in nats a token
 
 
 def fit_scores(source: Source, gsa: dict[int, GSAConfig], text: Sequence[str]) -> dict[str, Tensor]:
     """Name -> values of the tensors with which each layer that evicts by score does so. gsa: the layers with slots.
 
-    text: as DataConfig.train. On a GPU if there is one and the memory to load the source, else a layer at a time.
-    Raises UserError where no text is long enough.
+    text: as DataConfig.train; every second of its documents is read with lookups. On a GPU if there is one and the
+    memory to load the source, else a layer at a time. Raises UserError where no text is long enough.
     """
-    context = min(CONTEXT, trained_context(source.config))
-    ids = blocks(source.load_tokenizer(), text, TEXTS, context, otherwise="--eviction-text shipped:train")
-    layers = {i: layer for i, layer in gsa.items() if layer.scored}
+    ids = score_texts(source, text)
     size = torch.bfloat16.itemsize * sum(torch.Size(source.shape(name)).numel() for name in source.names())
     ram = available_ram()
     if torch.cuda.is_available() and 2 * size < torch.cuda.mem_get_info()[0] and (ram is None or 2 * size < ram):
@@ -57,21 +59,53 @@ def fit_scores(source: Source, gsa: dict[int, GSAConfig], text: Sequence[str]) -
     else:
         model = Pages(empty_model(softmax_config(source)), source).model
     path = FAMILIES[source.config.model_type].attention
+    fitted = fit_mixers(model, ids, {i: [layer] for i, layer in gsa.items() if layer.scored})
+    return {f"model.{path.format(i)}.{name}": x for i, (one,) in fitted.items() for name, x in one.items()}
+
+
+def score_texts(source: Source, text: Sequence[str], texts: int = TEXTS) -> Tensor:
+    """ids [N,T] of `texts` texts or fewer, half of them with lookups."""
+    specs = [*text, *(LOOKUPS + spec for spec in text)]
+    context = min(CONTEXT, trained_context(source.config))
+    return blocks(source.load_tokenizer(), specs, texts, context, otherwise="--eviction-text shipped:train")
+
+
+@torch.inference_mode()
+def fit_mixers(model, ids: Tensor, options: dict[int, list[GSAConfig]]) -> dict[int, list[dict[str, Tensor]]]:
+    """The tensors of each layer, for each of the ways in which it could have slots, on what `model` reads in ids [N,T].
+    model: the source."""
     found, inputs = {}, {}
 
     def note(module, query: Tensor, key: Tensor, scaling: float) -> None:
         i, hidden = module.layer_idx, inputs.pop(module.layer_idx)
-        texts = [Attention(*one, scaling, window(source.config, i)) for one in zip(query, key, strict=True)]
-        fitted = fit(hidden, texts, layers[i])
-        found.update({f"model.{path.format(i)}.{name}": value for name, value in fitted.items()})
+        texts = [Attention(*one, scaling, window(model.config, i)) for one in zip(query, key, strict=True)]
+        found[i] = fit(hidden, texts, options[i])
 
     def keep(module, args, kwargs) -> None:
         inputs[module.layer_idx] = kwargs["hidden_states"]
 
-    mixers = gsa_mixers(model, layers).values()
-    with torch.inference_mode(), hooked(mixers, before=keep), watched(mixers, note):
+    mixers = gsa_mixers(model, options).values()
+    with hooked(mixers, before=keep), watched(mixers, note):
         model.model(ids, use_cache=False)
     return found
+
+
+def blocks(tokenizer, specs: Sequence[str], texts: int, context: int, otherwise: str = "a smaller --context") -> Tensor:
+    """ids [N,T]: the first `context` tokens of documents that have so many, of each spec in turn, `texts` in all.
+    otherwise: what a user could do where none has."""
+
+    def long_enough(spec: str) -> Iterator[list[int]]:
+        for source in resolve([spec]):
+            for document in source.documents("text"):
+                text = source.finish(document[: 16 * context]) if isinstance(document, str) else ""
+                if len(ids := tokenizer(text).input_ids[:context]) == context:
+                    yield ids
+
+    in_turn = zip_longest(*map(long_enough, specs))
+    found = list(islice((ids for each in in_turn for ids in each if ids), texts))
+    if not found:
+        raise UserError(f"no document of {context} tokens", where=", ".join(specs), nearest=otherwise)
+    return torch.tensor(found)
 
 
 @contextmanager
@@ -127,31 +161,54 @@ class Attention(NamedTuple):
         return torch.stack([(squares * later).sum(0) for squares in self.squares()])
 
 
-def fit(hidden: Tensor, texts: list[Attention], gsa: GSAConfig) -> dict[str, Tensor]:
-    """The tensors of one layer, float32 on the CPU. hidden [N,T,W]: the mixer's input; texts: what it makes of it."""
-    T = hidden.shape[1]
-    told = slice(gsa.sinks, T - distances(T)[1])  # tokens whose later readers are in the text
+def fit(hidden: Tensor, texts: list[Attention], options: list[GSAConfig]) -> list[dict[str, Tensor]]:
+    """The tensors of one layer for each number of slots that it could have, float32 on the CPU. hidden [N,T,W]: the
+    mixer's input; texts: what it makes of it."""
+    T, sinks = hidden.shape[1], options[0].sinks
+    told = slice(sinks, T - distances(T)[1])  # tokens whose later readers are in the text
     later = torch.stack([text.read_later() for text in texts])
-    x, y = hidden[:, told].double(), torch.log(later[:, :, told] + FLOOR).mT.double()
+    x, y = hidden[:, told].double(), later[:, :, told].mT.double().sqrt()
     tried = max(1, min(TRIED, len(texts) // 2))
     rest = max(1, len(texts) - tried)  # a single text has to do for both
-    weight = least_squares(x[:rest], y[:rest])
-    recent, fading = choose(hidden[-tried:].double() @ weight.mT, texts[-tried:], gsa)
-    weight = least_squares(x, y) / fading[:, None]
-    return {
-        "bonus.weight": weight.float().cpu(),
-        "bonus.bias": -(weight @ hidden[:, gsa.sinks :].double().mean((0, 1))).float().cpu(),
-        "recent": recent.float().cpu(),
-    }
+    score = hidden[-tried:].double() @ log_mean(x[:rest], y[:rest]).mT
+    weight, centre = log_mean(x, y), hidden[:, sinks:].double().mean((0, 1))
+    found = []
+    for gsa in options:
+        recent, fading = choose(score, texts[-tried:], gsa)
+        tensors = {"bonus.weight": weight / fading[:, None], "recent": recent}
+        tensors["bonus.bias"] = -(tensors["bonus.weight"] @ centre)
+        found.append({name: x.float().cpu() for name, x in tensors.items()})
+    return found
 
 
-def least_squares(x: Tensor, y: Tensor) -> Tensor:
-    """Weights [H,W] of the linear map from x [N,T,W] to y [N,T,H], which has a constant beside them."""
+def log_mean(x: Tensor, y: Tensor) -> Tensor:
+    """Weights [H,W] of the linear map from x [N,T,W] whose exponential, times a constant, is what y [N,T,H] >= 0 is on
+    average: Poisson regression, the least sum of e^{w x + b} - y (w x + b), with a ridge.
+
+    The inputs are whitened first, where a quasi-Newton method takes a few dozen cheap steps.
+    """
     x, y = x.flatten(0, 1), y.flatten(0, 1)
-    x, y = x - x.mean(0), y - y.mean(0)
+    x, y = x - x.mean(0), y / y.mean(0).clamp(min=torch.finfo(y.dtype).tiny)
     square = x.mT @ x
-    square.diagonal().add_(RIDGE * square.diagonal().mean())
-    return torch.linalg.solve(square, x.mT @ y).mT
+    ridge = RIDGE * square.diagonal().mean()
+    square.diagonal().add_(ridge)
+    whitening = torch.linalg.inv(torch.linalg.cholesky(square)).mT * len(x) ** 0.5  # [W,W]
+    white = x @ whitening
+    with torch.inference_mode(False), torch.enable_grad():
+        white, whitening, y = white.clone(), whitening.clone(), y.clone()
+        u = torch.zeros(x.shape[1], y.shape[1], dtype=x.dtype, device=x.device, requires_grad=True)
+        b = torch.zeros(y.shape[1], dtype=x.dtype, device=x.device, requires_grad=True)
+        solver = torch.optim.LBFGS([u, b], max_iter=STEPS, history_size=20, line_search_fn="strong_wolfe")
+
+        def deviance() -> Tensor:
+            solver.zero_grad()
+            log_rate = (white @ u + b).clamp(max=30.0)
+            total = (log_rate.exp() - y * log_rate).mean(0) + ridge / (2 * len(x)) * (whitening @ u).square().sum(0)
+            total.sum().backward()
+            return total.sum()
+
+        solver.step(deviance)
+        return (whitening @ u).detach().mT
 
 
 def choose(score: Tensor, texts: list[Attention], gsa: GSAConfig) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,9 @@
 """Text with lookups: documents into which facts are put that the same document asks for again further on.
 
 Plain text seldom needs one particular word from far away, so neither scores for eviction that are fitted to it nor
-training on it learn to keep such a word. `lookups:SPEC` in place of a text SPEC makes of its documents ones that do:
+training on it learn to keep such a word. A document with lookups does, many times:
 
-    ... which was built of stone. harbour = 4821. chapel = 930. It had a roof of slate ... (later) harbour = 4821. Then ...
+    ... which was built of stone. harbour = 4821. chapel = 930. It had a roof of slate ... harbour = 4821. Then ...
 
 Keys are words of the document itself, values are numbers or other words of it. Everything is drawn from the document's
 own hash, so the same document always becomes the same text.
@@ -29,7 +29,7 @@ FORMS = (
 EPISODE = 3600  # characters of the text between one set of facts and the next, about 800 tokens
 MOST = 12  # facts of an episode
 WORD = re.compile(r"[A-Za-z]{4,12}")
-GAP = re.compile(r"(?<=[.!?])\s+")
+SENTENCE = re.compile(r".+?(?:[.!?]\s+|\Z)", re.DOTALL)
 
 
 def with_lookups(text: str) -> str:
@@ -38,13 +38,12 @@ def with_lookups(text: str) -> str:
     words = sorted(set(WORD.findall(text)))
     if len(words) < 4 * MOST:
         return text
-    sentences, parts, size = GAP.split(text), [[]], 0
-    for sentence in sentences:
-        parts[-1].append(sentence)
-        size += len(sentence)
-        if size > EPISODE * len(parts):
+    parts: list[list[str]] = []
+    for sentence in SENTENCE.finditer(text):
+        if sentence.start() >= EPISODE * len(parts):
             parts.append([])
-    return " ".join(episode(part, words, rng) for part in parts if part)
+        parts[-1].append(sentence[0])
+    return "".join(episode(part, words, rng) for part in parts)
 
 
 def episode(sentences: list[str], words: list[str], rng: random.Random) -> str:
@@ -60,7 +59,7 @@ def episode(sentences: list[str], words: list[str], rng: random.Random) -> str:
     places: dict[int, list[str]] = {}
     for key, value in facts:
         place = int(half * (2 * together if together < 0.5 else rng.random()))
-        places.setdefault(place, []).append(stated.format(key=key, value=value))
+        places.setdefault(place, []).append(stated.format(key=key, value=value) + " ")
     for key, value in rng.choices(facts, k=rng.randint(1, count + 2)):
-        places.setdefault(rng.randint(half, len(sentences)), []).append(asked.format(key=key, value=value))
-    return " ".join(part for i, sentence in enumerate([*sentences, ""]) for part in [*places.get(i, []), sentence])
+        places.setdefault(rng.randint(half, len(sentences)), []).append(asked.format(key=key, value=value) + " ")
+    return "".join(part for i, sentence in enumerate([*sentences, ""]) for part in [*places.get(i, []), sentence])

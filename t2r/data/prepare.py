@@ -1,9 +1,11 @@
 """The data of a run: what its configuration names, tokenised before it, beside it, or by `t2r prepare`."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from t2r.data.packing import Mixture, Rows
+from t2r.data.sources import LOOKUPS
 from t2r.data.tokens import Request, Tokens, check_hashes, check_text, request, tokenise, tokenise_ahead
 from t2r.errors import UserError
 from t2r.schema import DataConfig, PartConfig, RunConfig, StageConfig
@@ -15,7 +17,6 @@ class RunData:
 
     def __init__(self, settings: RunConfig, tokenizer) -> None:
         self.settings, data = settings, settings.data
-        self.weights = [part.weight for part in parts(data)]
         load = tokenise_ahead if data.stream else tokenise
         self.training = [load(wanted, tokenizer, data.cache) for wanted in training(settings)]
         self.held_out = [tokenise(wanted, tokenizer, data.cache) for wanted in validation(settings)]
@@ -24,27 +25,39 @@ class RunData:
             self.validation_rows(stage)
 
     def rows(self, stage: StageConfig, seed: int) -> Mixture:
-        names = part_names(self.settings.data)
-        return self.mixture(self.training, names, stage, seed, self.settings.data.stream)
+        data, names = self.settings.data, part_names(self.settings.data)
+        names += [f"{name} with lookups" for name in names if data.lookups]
+        return self.mixture(self.training, parts(data), names, stage, seed, data.stream)
 
     def validation_rows(self, stage: StageConfig) -> Mixture | None:
         if not stage.validation_tokens:
             return None
         data = self.settings.data
         names = ["data.validation"] if data.validation else [f"data.held_out of {n}" for n in part_names(data)]
-        return self.mixture(self.held_out, names, stage, seed=0, growing=False)
+        return self.mixture(self.held_out, plain_parts(data), names, stage, seed=0, growing=False)
 
     def mixture(
-        self, tokens: Sequence[Tokens], names: Sequence[str], stage: StageConfig, seed: int, growing: bool
-    ) -> Mixture:
+        self, tokens: Sequence[Tokens], parts: list[PartConfig], names: Sequence[str], stage: StageConfig, seed: int,
+        growing: bool,
+    ) -> Mixture:  # fmt: skip
         keep = self.settings.data.boundaries
         rows = [Rows(one, stage.context, seed, name, keep, growing) for one, name in zip(tokens, names, strict=True)]
-        return Mixture(rows, self.weights if len(rows) > 1 else (1.0,), seed)
+        return Mixture(rows, [part.weight for part in parts] if len(rows) > 1 else (1.0,), seed)
+
+
+def plain_parts(data: DataConfig) -> list[PartConfig]:
+    """The parts of the data as the configuration names them: one, unless there is a mixture."""
+    return data.mix or [PartConfig(data.train)]
 
 
 def parts(data: DataConfig) -> list[PartConfig]:
-    """The parts of the training data: one, unless there is a mixture."""
-    return data.mix or [PartConfig(data.train)]
+    """The parts that training reads: each a second time with lookups, if there are to be some."""
+    kinds = (("", 1 - data.lookups), (LOOKUPS, data.lookups)) if data.lookups else (("", 1.0),)
+    return [
+        replace(part, data=[prefix + spec for spec in part.data], weight=share * part.weight)
+        for prefix, share in kinds
+        for part in plain_parts(data)
+    ]
 
 
 def part_names(data: DataConfig) -> list[str]:
@@ -53,7 +66,7 @@ def part_names(data: DataConfig) -> list[str]:
 
 def training(settings: RunConfig) -> list[Request]:
     needed = max(stage.tokens + stage.context for stage in settings.stages)
-    return requests(settings.data, needed, validation=False)
+    return requests(settings.data, parts(settings.data), needed, validation=False)
 
 
 def validation(settings: RunConfig) -> list[Request]:
@@ -64,17 +77,17 @@ def validation(settings: RunConfig) -> list[Request]:
         return []
     if data.validation:
         return [request(data.validation, data.field, needed)]
-    return requests(data, needed, validation=True)
+    return requests(data, plain_parts(data), needed, validation=True)
 
 
-def requests(data: DataConfig, needed: int, validation: bool) -> list[Request]:
-    total = sum(part.weight for part in parts(data))
+def requests(data: DataConfig, parts: list[PartConfig], needed: int, validation: bool) -> list[Request]:
+    total = sum(part.weight for part in parts)
     return [
         # a few rows more than its share: in a block of rows a part may come early
         request(
             part.data, part.field or data.field, int(1.1 * needed * part.weight / total) + 1, data.held_out, validation
         )
-        for part in parts(data)
+        for part in parts
     ]
 
 

@@ -20,8 +20,8 @@ Document = str | list[dict]  # a text, or the messages of a chat
 class Source:
     """One file (`path`) or one data set on the hub (`name`, or `name:subset`; its split `train` is streamed).
 
-    lookups: whether facts and questions are put into its texts. identity: what the cache of its tokens is named after;
-    it changes when the file does.
+    lookups: whether facts and questions are to be put into its texts (`finish`), which are held out or not as they are
+    without. identity: what the cache of its tokens is named after; it changes when the file does.
     """
 
     name: str
@@ -55,7 +55,11 @@ class Source:
                 )
             if self.lookups and not isinstance(text, str):
                 raise UserError(f"document {number} is a chat: lookups are put into texts", where=self.name)
-            yield with_lookups(text) if self.lookups else text
+            yield text
+
+    def finish(self, document: Document) -> Document:
+        """A document, or what was taken of it, as it is to be read."""
+        return with_lookups(document) if self.lookups else document
 
     def records(self, field: str) -> Iterator[dict]:
         if self.path is None:

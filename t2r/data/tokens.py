@@ -56,13 +56,13 @@ class Request:
         """What is wanted of a document, None: nothing. The hash of a document says whether it is held out; of a text
         file it is the end."""
         if not self.held_out:
-            return document
+            return source.finish(document)
         if source.is_document:
             cut = round(len(document) * (1 - self.held_out))
-            return document[cut:] if self.validation else document[:cut]
+            return source.finish(document[cut:] if self.validation else document[:cut])
         digest = hashlib.sha256(json.dumps(document).encode()).digest()
         held = int.from_bytes(digest[:8], "big") < self.held_out * 2**64
-        return document if held == self.validation else None
+        return source.finish(document) if held == self.validation else None
 
     def key(self, tokenizer) -> str:
         """Name of the folder: whatever changes a token changes it."""

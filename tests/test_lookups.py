@@ -1,0 +1,99 @@
+"""Lookups: what is asked was stated before, the text stays, and the same documents are held out with them."""
+
+import json
+import re
+
+import pytest
+from transformers import AutoTokenizer
+
+from t2r.convert.evict import blocks
+from t2r.data import lookups
+from t2r.data.lookups import EPISODE, with_lookups
+from t2r.data.prepare import RunData, parts, training, validation
+from t2r.data.sources import resolve
+from t2r.errors import UserError
+from t2r.schema import PartConfig, load_run
+
+FIRST, LAST = ("river", "castle", "bridge", "market"), ("ford", "wick", "town", "gate", "moor", "dale", "ham", "ley")
+PLACES = [a + b for a in FIRST for b in LAST]
+
+
+def article(number):
+    lines = (
+        f"{a.capitalize()} lies {i + number} miles from {PLACES[i - 5]}, behind a hill." for i, a in enumerate(PLACES)
+    )
+    return " ".join([*lines, *(f"Of {a} nothing is left!\n\n" for a in PLACES)])
+
+
+def test_what_is_asked_was_stated(monkeypatch):
+    monkeypatch.setattr(lookups, "FORMS", [("<S {key} {value}>", "<Q {key} {value}>")])
+    kinds = set()
+    for number in range(40):
+        text = article(number) * 3
+        made = with_lookups(text)
+        assert made == with_lookups(text)
+        assert re.sub(r"<.*?> ", "", made) == text  # and nothing else was changed
+        open_facts, questions = {}, 0
+        for kind, key, value in re.findall(r"<([SQ]) (\S+) (\S+)>", made):
+            assert key in text
+            if kind == "S":
+                open_facts[key] = value
+            else:
+                questions += 1
+                assert open_facts[key] == value
+            kinds.add(value.isdigit())
+        assert questions >= len(text) // EPISODE
+    assert kinds == {True, False}
+
+
+def test_a_short_text_stays_as_it_is():
+    assert with_lookups("Too short. For that.") == "Too short. For that."
+
+
+@pytest.fixture
+def run(tmp_path, tiny_llama):
+    rows = "".join(json.dumps({"text": article(n)}) + "\n" for n in range(30))
+    (tmp_path / "text.jsonl").write_text(rows)
+    words = [f"source={tiny_llama}", f"data.cache={tmp_path / 'cache'}", "data.validation=[]", "data.held_out=0.3"]
+    words += ["data.train=[text.jsonl]", "data.lookups=0.25", "stages.0.validation_tokens=512", "device=cpu"]
+    return words
+
+
+def test_a_share_of_the_rows_has_lookups(run, tmp_path, tiny_llama, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = load_run("quickstart", run)
+    assert parts(settings.data) == [
+        PartConfig(["text.jsonl"], 0.75),
+        PartConfig(["lookups:text.jsonl"], 0.25),
+    ]
+    data = RunData(settings, AutoTokenizer.from_pretrained(tiny_llama))
+    assert data.rows(settings.stages[0], 0).counts == [750, 250]
+    plain, made, (held,) = *training(settings), validation(settings)
+    taken = [
+        [one.take(d, source) for source in one.sources for d in source.documents("text")] for one in (plain, made, held)
+    ]
+    assert [x is None for x in taken[0]] == [x is None for x in taken[1]] == [x is not None for x in taken[2]]
+    assert 0 < sum(x is not None for x in taken[2]) < 30
+    for before, after in zip(*taken[:2], strict=True):
+        assert after == (before and with_lookups(before))
+
+
+def test_texts_come_from_every_source_in_turn(run, tmp_path, tiny_llama, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    ids = blocks(tokenizer, ["text.jsonl", "lookups:text.jsonl"], texts=5, context=100)
+    texts = [f(article(n)[:1600]) for n in range(3) for f in (str, with_lookups)][:5]  # not more than it takes
+    assert ids.tolist() == [tokenizer(text).input_ids[:100] for text in texts]
+
+
+def test_a_chat_is_refused(tmp_path):
+    file = tmp_path / "chat.jsonl"
+    file.write_text(json.dumps({"messages": [{"role": "user", "content": "Hello"}]}))
+    (source,) = resolve([f"lookups:{file}"])
+    with pytest.raises(UserError, match="document 1 is a chat"):
+        list(source.documents("messages"))
+
+
+def test_a_share_out_of_range_is_told(run, tmp_path):
+    with pytest.raises(UserError, match="data.lookups is 1.5, a share of the rows"):
+        load_run("quickstart", [*run, "data.lookups=1.5"])
