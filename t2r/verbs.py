@@ -143,7 +143,10 @@ def _recipe(parser: argparse.ArgumentParser, out: str) -> None:
     parser.add_argument(
         "--batch-size", type=batch_size, metavar="N", help="texts read at once, or auto (default: the recipe's)"
     )
-    parser.add_argument("--device", help="cpu, cuda:0, or several with commas (default: every GPU, or the CPU)")
+    parser.add_argument(
+        "--device",
+        help="cpu, cuda:0, or several with commas, a worker for each: cuda:0,cuda:0 is two (default: all GPUs, or CPU)",
+    )
     parser.add_argument("--dtype", help="dtype of all models (default: the converted model's)", **one_of(*DTYPES))
     parser.add_argument("--log-samples", action="store_true", help="write items.jsonl: what was said of every item")
     parser.add_argument("--allow-code", action="store_true", help="run code that a model wrote, without a sandbox")

@@ -14,8 +14,9 @@ def compare(
     out: the folder to make, by default runs/compare-LABEL of the second model. An interrupted run keeps what it has
     finished beside it and goes on when it is called again. limit: items of each task. Options:
 
-    device: by default all GPUs, or the CPU; several, with commas, share the work. dtype: by default the one that the
-    converted model is stored in; the original is cast to the same. data: the folder that `eval:` in the recipe means.
+    device: by default all GPUs, or the CPU; several, with commas, share the work, and one named twice has two workers.
+    dtype: by default the one that the converted model is stored in; the original is cast to the same. data: the folder
+    that `eval:` in the recipe means.
     batch_size: texts that are read at once, "auto": as many as fit, None: the recipe's. No score depends on it.
     log_samples: write items.jsonl too. allow_code: run code that a model wrote, for tasks that do.
     notes: sentences for the report.

@@ -16,22 +16,42 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from t2r.evaluate.scoring import Passage, continue_texts, encode, encode_pairs, score
+from t2r.evaluate.scoring import Passage, Score, Text, arrange, continue_texts, encode, encode_pairs, score, score_texts
 
 OWN_TASKS = Path(__file__).parents[1] / "recipes" / "tasks"
 SEED = 1234  # lm-eval's own default for the choice of examples
+PAIRS = 4096  # requests that are encoded at once
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
 # lm-eval compiles the template of a prompt anew for every item: half of a short task's time on the host
 utils.env.from_string = cache(utils.env.from_string)
 
 
-class Adapter(TemplateLM):
-    """A transformers model as lm-eval sees it. max_length: tokens of a request; its start is cut off beyond that."""
+class Encoded:
+    """The texts of one task's requests, which are the same for every model: encoding thousands of prompts with five
+    examples each takes longer than a small model needs to read them."""
 
-    def __init__(self, model, tokenizer, batch_size: int | None, max_length: int) -> None:
+    def __init__(self) -> None:
+        self.key, self.texts = None, []
+
+    def of(self, tokenizer, pairs: list[tuple[str, str]], max_length: int) -> list[Text]:
+        if (pairs, max_length) != self.key:
+            parts = (pairs[at : at + PAIRS] for at in range(0, len(pairs), PAIRS))  # tokens as lists are large
+            passages = (cut(*pair, max_length) for part in parts for pair in encode_pairs(tokenizer, part))
+            self.key, self.texts = (pairs, max_length), arrange(passages)
+        return self.texts
+
+
+class Adapter(TemplateLM):
+    """A transformers model as lm-eval sees it. max_length: tokens of a request; its start is cut off beyond that.
+    encoded: what an earlier model's requests were encoded to."""
+
+    def __init__(
+        self, model, tokenizer, batch_size: int | None, max_length: int, encoded: Encoded | None = None
+    ) -> None:
         super().__init__()
         self.model, self.tokenizer, self.batch_size, self.max_length = model, tokenizer, batch_size, max_length
+        self.encoded = encoded or Encoded()
 
     @property
     def eot_token_id(self) -> int:
@@ -60,11 +80,11 @@ class Adapter(TemplateLM):
         )
 
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        pairs = encode_pairs(self.tokenizer, [request.args for request in requests])
-        return self.scores([self.cut(*pair) for pair in pairs])
+        texts = self.encoded.of(self.tokenizer, [request.args for request in requests], self.max_length)
+        return results(score_texts(self.model, texts, self.batch_size))
 
     def _loglikelihood_tokens(self, requests, **kwargs) -> list[tuple[float, bool]]:
-        return self.scores([self.cut([*context, *rest], len(context)) for _, context, rest in requests])
+        return self.scores([cut([*context, *rest], len(context), self.max_length) for _, context, rest in requests])
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         """Each text in windows of max_length tokens that do not overlap, as lm-eval's word perplexity wants it."""
@@ -96,13 +116,18 @@ class Adapter(TemplateLM):
             texts.update(zip(group, (one.text for one in written), strict=True))
         return [texts[i] for i in range(len(requests))]
 
-    def cut(self, ids: list[int], start: int) -> Passage:
-        """What of a request is read: its last max_length + 1 tokens, the last of which is only predicted."""
-        drop = max(0, len(ids) - self.max_length - 1)
-        return Passage(ids[drop:], max(1, start - drop))
-
     def scores(self, passages: list[Passage]) -> list[tuple[float, bool]]:
-        return [(-s.loss, s.greedy) for s in score(self.model, passages, self.batch_size)]
+        return results(score(self.model, passages, self.batch_size))
+
+
+def cut(ids: list[int], start: int, max_length: int) -> Passage:
+    """What of a request is read: its last max_length + 1 tokens, the last of which is only predicted."""
+    drop = max(0, len(ids) - max_length - 1)
+    return Passage(ids[drop:], max(1, start - drop))
+
+
+def results(scores: list[Score]) -> list[tuple[float, bool]]:
+    return [(-s.loss, s.greedy) for s in scores]
 
 
 @cache

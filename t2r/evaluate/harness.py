@@ -4,6 +4,7 @@ import dataclasses
 import json
 import random
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
@@ -64,7 +65,7 @@ class Harness(Task):
         if self.adapt not in ADAPT:
             close = nearest(self.adapt, ADAPT) or ", ".join(filter(None, ADAPT))
             raise UserError(f"no way to adapt {self.adapt!r}", where=f"task {self.name}", nearest=close)
-        self.tokenizer, self.place, self.opened = tokenizer, place, {}
+        self.tokenizer, self.place, self.opened, self.encoded = tokenizer, place, {}, adapter.Encoded()
         with adapter.reading(self.load):
             try:
                 loaded = adapter.manager().load(self.task)
@@ -130,8 +131,10 @@ class Harness(Task):
             file, bounds = part[1], slice(*(int(bound) if bound else None for bound in part.groups()[1:]))
         path = locate(EVAL + file, self.place)
         if path not in self.opened:
-            self.opened[path] = list(rows(path))
-        found = [row for row in self.opened[path] if not self.subset or take(row, self.subset, path) == name]
+            self.opened[path] = defaultdict(list)
+            for row in rows(path):
+                self.opened[path][take(row, self.subset, path) if self.subset else ""].append(row)
+        found = self.opened[path].get(name if self.subset else "", [])
         if not found[bounds]:
             raise UserError(f"holds no rows of {name or self.task}", where=path)
         for row in found[bounds]:
@@ -141,7 +144,7 @@ class Harness(Task):
         from t2r.evaluate.adapter import Adapter, run
 
         length = self.max_length or getattr(model.config, "max_position_embeddings", None) or 2048
-        adapter = Adapter(model, self.tokenizer, self.batch_size, length)
+        adapter = Adapter(model, self.tokenizer, self.batch_size, length, self.encoded)
         return self.outcome(items, run(adapter, items, self.per_task, self.unsafe_code))
 
     def outcome(self, items: dict, found: dict) -> Outcome:

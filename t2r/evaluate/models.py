@@ -1,9 +1,9 @@
 """The models of a comparison: opened and checked together, loaded one at a time, all in one dtype."""
 
-import json
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from pathlib import Path
 
 import torch
@@ -54,16 +54,13 @@ class Entry:
         return False
 
     def fingerprint(self) -> str:
-        """SHA-256, shortened, of the configuration and of both ends of each file of weights."""
+        """SHA-256, shortened, of the configuration and of all weights: a copy elsewhere is the same model, one changed
+        number makes another. Reading the files once is little beside an evaluation."""
         if not self.digest:
-            found = sha256(json.dumps(self.source.config.to_dict(), sort_keys=True, default=str).encode())
-            for file in self.source.files:
-                size = file.stat().st_size
-                with open(file, "rb") as data:
-                    found.update(f"{file.name} {size} {file.stat().st_mtime_ns}".encode() + data.read(1 << 20))
-                    data.seek(max(0, size - (1 << 20)))
-                    found.update(data.read())
-            self.digest = found.hexdigest()[:16]
+            files = [file for file in (self.source.path / "config.json", *self.source.files) if file.is_file()]
+            with ThreadPoolExecutor() as pool:
+                content = "".join(pool.map(file_hash, files))
+            self.digest = sha256(content.encode()).hexdigest()[:16]
         return self.digest
 
     def trained_tokens(self) -> int | None:
@@ -78,6 +75,11 @@ class Entry:
             if stage == checkpoint.parent:
                 break
         return total
+
+
+def file_hash(file: Path) -> str:
+    with open(file, "rb") as data:
+        return file_digest(data, "sha256").hexdigest()
 
 
 def open_models(words: list[str]) -> list[Entry]:
@@ -112,8 +114,8 @@ def common_tokenizer(entries: list[Entry]):
 
 
 def pick_devices(device: str | None) -> list[torch.device]:
-    """The named devices ("cpu", "cuda:0", "cuda:0,cuda:1"), by default all GPUs, or the CPU. Raises UserError for one
-    that is not there."""  # fmt: skip
+    """The named devices ("cpu", "cuda:0", "cuda:0,cuda:1"), by default all GPUs, or the CPU; one named twice is two.
+    Raises UserError for one that is not there."""
     if device is None:
         count = torch.cuda.device_count()
         return [torch.device("cuda", i) for i in range(count)] or [torch.device("cpu")]

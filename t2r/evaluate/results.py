@@ -163,7 +163,8 @@ def environment(devices: Sequence[torch.device]) -> dict:
     hardware = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     if devices[0].type == "cuda":
         hardware = torch.cuda.get_device_name(devices[0])
-        hardware = f"{len(devices)} x {hardware}" if len(devices) > 1 else hardware
+        count = len(set(devices))
+        hardware = f"{count} x {hardware}" if count > 1 else hardware
     versions = {"t2r": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
     try:
         versions["lm-eval"] = version("lm-eval")

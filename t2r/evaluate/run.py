@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from t2r import __version__
 from t2r.errors import UserError
 from t2r.evaluate.models import Entry, common_tokenizer, load, open_models, pick_dtype, window_only
 from t2r.evaluate.recipe import load_recipe
@@ -85,9 +86,10 @@ class Plan:
         return [task for task in chosen if not (task.against_original and column is self.columns[0])]
 
     def unit(self, column: Column, task: Task) -> Path:
-        """The file of a finished unit, named after everything that its numbers depend on but the device."""
+        """The file of a finished unit, named after everything that its numbers depend on but the device: another
+        machine goes on with the units of the first."""
         parts = [asdict(task) | {"batch_size": None}, self.digests[task.name], column.what, str(self.dtype)]
-        parts += [str(self.stored), column.entry.fingerprint()]
+        parts += [__version__, str(self.stored), column.entry.fingerprint()]
         if task.against_original:
             parts.append(self.columns[0].entry.fingerprint())
         key = sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -181,7 +183,8 @@ def from_json(content: dict) -> Outcome:
 
 
 def run(plan: Plan, devices: Sequence[torch.device]) -> None:
-    """Finish all units, with one worker process for each device where there are several. Raises UserError."""
+    """Finish all units, with one worker process for each device where there are several, or one of them several times.
+    Raises UserError."""
     for stale in plan.folder.glob("*.claim"):
         stale.unlink()
     if len(devices) == 1:
@@ -191,7 +194,8 @@ def run(plan: Plan, devices: Sequence[torch.device]) -> None:
 
     context = mp.get_context("spawn")
     faults = context.SimpleQueue()
-    workers = [context.Process(target=worker, args=(plan.request, device, faults)) for device in devices]
+    known = [entry.fingerprint() for entry in plan.entries]
+    workers = [context.Process(target=worker, args=(plan.request, device, known, faults)) for device in devices]
     for process in workers:
         process.start()
     try:
@@ -206,12 +210,16 @@ def run(plan: Plan, devices: Sequence[torch.device]) -> None:
         raise UserError("a worker ended without a word", where=", ".join(map(str, devices)), nearest="one device")
 
 
-def worker(request: Request, device: torch.device, faults) -> None:
-    """A process of `run`. It prepares the items again: tasks of lm-eval do not travel between processes."""
+def worker(request: Request, device: torch.device, fingerprints: list[str], faults) -> None:
+    """A process of `run`. It prepares the items again: tasks of lm-eval do not travel between processes.
+    fingerprints: of the models, which are not read again for it."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
-        work(Plan(request, device.type == "cpu"), device)
+        plan = Plan(request, device.type == "cpu")
+        for entry, known in zip(plan.entries, fingerprints, strict=True):
+            entry.digest = known
+        work(plan, device)
     except UserError as error:
         faults.put(str(error))
     except KeyboardInterrupt:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice, takewhile
 from typing import NamedTuple
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -116,35 +117,53 @@ def longest_first(lengths: Sequence[int]) -> list[int]:
     return sorted(range(len(lengths)), key=lambda i: -lengths[i])
 
 
-@torch.inference_mode()
-def score(model, passages: list[Passage], batch_size: int | None) -> list[Score]:
-    """Score each passage, in the order given.
+class Text(NamedTuple):
+    """What a model reads once. asked: for each passage that it serves, the passage's number, the place from which its
+    continuation is predicted, and the continuation."""  # fmt: skip
 
-    Passages that differ in their last token only, such as the letters of a question's options, are read once. Batches
-    are padded on the right: no token of a causal model sees what follows it, so a score depends neither on the padding
-    nor on the batch.
-    """
-    shared: dict[tuple[int, ...], list[int]] = {}
+    ids: numpy.ndarray
+    asked: list[tuple[int, int, list[int]]]
+
+
+def arrange(passages: Iterable[Passage]) -> list[Text]:
+    """The texts to read for these passages, longest first. Those that differ in their last token only, such as the
+    letters of a question's options, share one. It is the same for every model, and little beside the passages."""
+    shared: dict[bytes, list[tuple[int, int, list[int]]]] = {}
     for i, passage in enumerate(passages):
-        shared.setdefault(tuple(passage.ids[:-1]), []).append(i)
-    texts = list(shared.items())
-    order = [texts[i] for i in longest_first([len(read) for read, _ in texts])]
+        read = numpy.array(passage.ids[:-1], dtype=numpy.int32).tobytes()
+        shared.setdefault(read, []).append((i, passage.start - 1, passage.ids[passage.start :]))
+    texts = [Text(numpy.frombuffer(read, dtype=numpy.int32), asked) for read, asked in shared.items()]
+    return [texts[i] for i in longest_first([len(text.ids) for text in texts])]
+
+
+def score(model, passages: Iterable[Passage], batch_size: int | None) -> list[Score]:
+    """Score each passage, in the order given."""
+    return score_texts(model, arrange(passages), batch_size)
+
+
+@torch.inference_mode()
+def score_texts(model, texts: list[Text], batch_size: int | None) -> list[Score]:
+    """Score the passages of arranged texts, in the passages' own order.
+
+    Batches are padded on the right: no token of a causal model sees what follows it, so a score depends neither on the
+    padding nor on the batch.
+    """
     scores: dict[int, Score] = {}
-    read = lambda batch: scores.update(score_batch(model, passages, batch))  # noqa: E731
-    batches(order, batch_size, model.device, read, length=lambda text: len(text[0]))
-    return [scores[i] for i in range(len(passages))]
+    read = lambda batch: scores.update(score_batch(model, batch))  # noqa: E731
+    batches(texts, batch_size, model.device, read, length=lambda text: len(text.ids))
+    return [scores[i] for i in range(len(scores))]
 
 
-def score_batch(
-    model, passages: list[Passage], batch: Sequence[tuple[tuple[int, ...], list[int]]]
-) -> Iterator[tuple[int, Score]]:
-    """(i, score) of passages[i] for each (tokens to read, the passages i that they belong to), the longest first."""
-    ids = torch.zeros(len(batch), len(batch[0][0]), dtype=torch.long)
-    for row, (read, _) in enumerate(batch):
-        ids[row, : len(read)] = torch.tensor(read)
-    own = [(row, i) for row, (_, own) in enumerate(batch) for i in own]
+def score_batch(model, batch: Sequence[Text]) -> Iterator[tuple[int, Score]]:
+    """(number, score) of each passage of the texts, the longest of which comes first."""
+    ids = torch.zeros(len(batch), len(batch[0].ids), dtype=torch.long)
+    for row, text in enumerate(batch):
+        ids[row, : len(text.ids)] = torch.from_numpy(text.ids.astype(numpy.int64))
     asked = [
-        (row, passages[i].start + n - 1, token) for row, i in own for n, token in enumerate(continuation(passages[i]))
+        (row, first + n, token)
+        for row, text in enumerate(batch)
+        for _, first, rest in text.asked
+        for n, token in enumerate(rest)
     ]
     # the head is as large as the rest of a small model: it runs only where some passage's continuation is predicted
     places = torch.tensor(sorted({place for _, place, _ in asked}), device=model.device)
@@ -155,13 +174,9 @@ def score_batch(
         given = logits[row, column]
         parts.append(torch.stack([losses(given, target), (given.argmax(-1) == target).float()]))
     results = iter(torch.cat(parts, dim=1).T.tolist())  # the only wait for the device
-    for _, i in own:
-        loss, right = map(sum, zip(*islice(results, len(continuation(passages[i]))), strict=True))
-        yield i, Score(loss, right == len(continuation(passages[i])), int(right))
-
-
-def continuation(passage: Passage) -> list[int]:
-    return passage.ids[passage.start :]
+    for i, _, rest in (own for text in batch for own in text.asked):
+        loss, right = map(sum, zip(*islice(results, len(rest)), strict=True))
+        yield i, Score(loss, right == len(rest), int(right))
 
 
 @torch.inference_mode()

@@ -1,9 +1,12 @@
 """A whole comparison of two tiny models, and what a user can get wrong."""
 
 import json
+import os
 import re
+import shutil
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +19,7 @@ from t2r.evaluate import compare
 from t2r.evaluate.likelihood import MultipleChoice
 from t2r.evaluate.models import load, open_models, pick_dtype, window_only
 from t2r.evaluate.recipe import load_recipe
-from t2r.evaluate.run import finish
+from t2r.evaluate.run import Plan, Request, finish
 from t2r.evaluate.task import OWN_DATA, Place, rows
 
 SLOTS = 16
@@ -296,6 +299,30 @@ def test_an_interrupted_run_keeps_what_is_finished_and_goes_on(folders, tmp_path
     assert len(first.ran + second.ran + third.ran) == len(set(first.ran + second.ran + third.ran)) == 10
     assert resumed["results"] == whole["results"]
     assert [path.name for path in tmp_path.glob("*report*")] == ["report"]
+
+
+def test_units_are_named_after_what_is_in_the_models(folders, tmp_path, recipe):
+    """Another machine's copy goes on with the units of the first; one changed weight in the midst does not."""
+    path = recipe(tasks=[{"kind": "last_word", "items": 1}])
+
+    def units(model):
+        plan = Plan(Request((str(folders / "llama"), str(model)), path, str(tmp_path / "report")), on_cpu=True)
+        return [file.name for _, _, file in plan.units()]
+
+    first = units(folders / "gsa")
+    copied = Path(shutil.copytree(folders / "gsa", tmp_path / "elsewhere" / "gsa", copy_function=shutil.copyfile))
+    weights = copied / "model.safetensors"
+    os.utime(weights, (1, 1))
+    assert units(copied) == first
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    os.utime(weights, (1, 1))
+    assert units(copied)[0] == first[0] and units(copied)[1] != first[1]
+    shutil.copyfile(folders / "gsa" / "model.safetensors", weights)
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-5}))
+    assert units(copied)[1] != first[1]
 
 
 def test_several_devices_share_the_work(folders, tmp_path, recipe, capfd):

@@ -66,6 +66,23 @@ def test_scores_are_those_of_lm_evals_own_backend(name, model, tokenizer, eval_d
                 assert metric.chance == expected[key].chance
 
 
+def test_requests_are_encoded_once_for_all_models(model, tokenizer, eval_data, monkeypatch):
+    """As long as they are the same and are cut to the same length; the scores are those of the first time."""
+    encoded, original = [], adapter.encode_pairs
+
+    def counted(tokenizer, pairs):
+        encoded.append(len(pairs))
+        return original(tokenizer, pairs)
+
+    monkeypatch.setattr(adapter, "encode_pairs", counted)
+    monkeypatch.setattr(adapter, "PAIRS", 7)
+    task, items = prepared("mmlu", tokenizer, eval_data, max_length=4096)
+    first, second = task.run(model, items), task.run(model, items)
+    assert encoded == [7, 7, 6] and first == second
+    task.max_length = 300
+    assert task.run(model, items) != first and encoded == [7, 7, 6] * 2
+
+
 def test_our_means_are_lm_evals(model, tokenizer, eval_data):
     for name in ("arc-easy", "lambada", "mmlu", "qmsum"):
         task, items = prepared(name, tokenizer, eval_data, metrics=[], max_length=4096)
