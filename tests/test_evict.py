@@ -79,6 +79,26 @@ def test_slots_are_those_of_a_simulation(kernel):
                 assert stamp[n, h].tolist() == ages
 
 
+@pytest.mark.parametrize(("ring", "sinks", "slots"), [(10, 3, 12), (64, 4, 64), (32, 0, 32)], ids=str)
+def test_the_kernel_takes_the_first_of_equal_ranks(ring, sinks, slots):
+    """As numpy does: whole bonuses, of which many make equal ranks; more tokens than the kernel loads at once."""
+    generator = torch.Generator().manual_seed(2)
+    bonus = torch.randint(-8, 9, (2, 150, 3), generator=generator).to(torch.bfloat16)
+    positions = torch.tensor([0, 40])[:, None] + torch.arange(150)
+    positions[1, 70:75] = -1
+    recent = torch.tensor([1.0, (ring - sinks) // 2, ring - sinks])
+    _, _, _, _, rank, stamp = SlotState.empty(2, 3, slots, 8, 8, "cpu", ranked=True)
+    stamp[1, :, :ring] = torch.arange(40 - ring, 40)
+    rank[1, :, :ring] = torch.randint(20, 30, (3, ring), generator=generator).float()
+    moved = [x.to(DEVICE, copy=True) for x in (rank, stamp)]
+    given = (x.to(DEVICE) for x in (bonus, recent, positions))
+    turns = launch(*given, None, *moved, ring, sinks).cpu()
+    expected = one_by_one(bonus, recent, positions, None, rank, stamp, ring, sinks)
+    real = positions >= 0
+    assert torch.equal(turns[real], expected[real])
+    assert torch.equal(moved[0].cpu(), rank) and torch.equal(moved[1].cpu(), stamp)
+
+
 def test_without_a_bonus_it_is_the_clock():
     positions = torch.arange(50)[None]
     state = SlotState.empty(1, 2, M, 8, 8, "cpu", ranked=True)
