@@ -19,10 +19,12 @@ from .functions import expm1
 from .tile import (
     add_state,
     chunk_span,
+    decayed,
     load_classes,
     load_rows,
     load_state,
     load_tile,
+    occupied,
     read,
     reads,
     real_rows,
@@ -34,15 +36,15 @@ from .tile import (
 )
 
 
-@triton.jit(do_not_specialize=["T", "chunks_per_row"])
+@triton.jit(do_not_specialize=["T", "chunks_per_row", "heads"])
 def written_kernel(
-    k, v, table, states, left, T, chunks_per_row, H, k_b, k_t, k_h, v_b, v_t, v_h,
+    k, v, table, states, left, T, chunks_per_row, heads, k_b, k_t, k_h, v_b, v_t, v_h,
     PACKED: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr,
     BE: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """states [n,H,D+E,M] = sum_j e^{L_end - L_j} w_j [k_j, v_j], what a chunk and head writes."""
     pid = tl.program_id(0)
-    chunk, h = pid // H, pid % H
+    chunk, h = pid // heads, pid % heads
     row, begin, count = chunk_span(table, chunk, T, chunks_per_row, C, PACKED)
     if count <= 0:
         return
@@ -58,10 +60,10 @@ def written_kernel(
     add_state(states, gain, first, D, False, E, BE, M)
 
 
-@triton.jit(do_not_specialize=["chunks_per_row"])
+@triton.jit(do_not_specialize=["chunks_per_row", "heads"])
 def scan_kernel(
     states, L, occupancy, begin_keys, begin_values, begin_occupancy, end_keys, end_values, end_occupancy, bounds,
-    chunks_per_row, H,
+    chunks_per_row, H, heads,
     PACKED: tl.constexpr, REVERSE: tl.constexpr, OCCUPANCY: tl.constexpr, HAS_BEGIN: tl.constexpr,
     HAS_END: tl.constexpr, D: tl.constexpr, E: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
@@ -72,7 +74,7 @@ def scan_kernel(
 
     One program holds BF of the D+E features of all slots of one document and head; the first also does the occupancy.
     """
-    n, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
+    n, h = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
     if PACKED:
         first = tl.load(bounds + n)
         chunks = (tl.load(bounds + n + 1) - first).to(tl.int32)
@@ -93,9 +95,9 @@ def scan_kernel(
         carry += tl.load(begin_values + value_at, mask=is_value, other=0.0).to(tl.float32)
         if OCCUPANCY:
             z += tl.load(begin_occupancy + (n * H + h) * M + m, mask=counted, other=0.0).to(tl.float32)
-    for i in tl.range(0, chunks, num_stages=4):
+    for i in tl.range(0, chunks, num_stages=8):
         chunk = first + (chunks - 1 - i if REVERSE else i)
-        at = chunk * H + h
+        at = chunk * heads + h
         end = tl.load(L + (at * C + C - 1) * M + m)
         kept = tl.exp(end)
         here = states + at * ((D + E) * M) + f[:, None] * M + m[None, :]
@@ -121,10 +123,10 @@ def scan_kernel(
             tl.store(end_occupancy + (n * H + h) * M + m, z, mask=counted)
 
 
-@triton.jit(do_not_specialize=["T", "chunks_per_row"])
+@triton.jit(do_not_specialize=["T", "chunks_per_row", "heads", "positions"])
 def output_kernel(
-    q, q_sink, k, v, positions, table, states, L, label, anchors, decayed, written, later, inverse, log_z, last, o,
-    T, chunks_per_row, H, G, scale, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
+    q, q_sink, k, v, positions, table, states, occupancy, L, label, anchors, written, later, last, o,
+    T, chunks_per_row, H, heads, G, scale, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
     PACKED: tl.constexpr, SINKS: tl.constexpr, OCCUPANCY: tl.constexpr,
     HAS_POSITIONS: tl.constexpr, HAS_SINK: tl.constexpr, PRECISION: tl.constexpr, BLOCKS: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
@@ -133,14 +135,14 @@ def output_kernel(
     """o [B,T,H*G,E] of one chunk, kv head and tile of GB query heads."""
     tiles = tl.cdiv(G, GB)
     pid, g0 = tl.program_id(0) // tiles, (tl.program_id(0) % tiles) * GB
-    chunk, h = pid // H, pid % H
+    chunk, h = pid // heads, pid % heads
     row, begin, count = chunk_span(table, chunk, T, chunks_per_row, C, PACKED)
     if count <= 0:
         return
     row0 = row * T + begin
     m, rows, columns = tl.arange(0, M), row_mask(count, G - g0, C, GB), row_mask(count, 1, C, 1)
     DTYPE = states.dtype.element_ty
-    gates = decayed, written, later, L, label, anchors, pid, load_classes(last, pid, BLOCKS)
+    gates = written, later, L, label, anchors, pid, load_classes(last, pid, BLOCKS)
     first = pid.to(tl.int64) * ((D + E) * M)
     y = load_rows(k, row * k_b + begin * k_t + h * k_h, k_t, 0, columns, C, 1, D, BD).to(DTYPE)
     K0 = load_state(states, first, 0, D, BD, M)
@@ -156,12 +158,13 @@ def output_kernel(
         far, _ = reads(x, pairs, K0, x, gates, False, C, GB, M, PRECISION)
         logits = tl.where((m < SINKS)[None, :], far, logits)
     if OCCUPANCY:
-        inverse_rows = to_rows(load_tile(inverse, pid, m, C, M), DTYPE, PRECISION, C, GB)
-        log_rows = to_rows(load_tile(log_z, pid, m, C, M), DTYPE, PRECISION, C, GB)
+        inverse, log_z = occupied(occupancy, L, pid, m, C, M)
+        inverse_rows = to_rows(inverse, DTYPE, PRECISION, C, GB)
+        log_rows = to_rows(log_z, DTYPE, PRECISION, C, GB)
         p = read(logits, inverse_rows, log_rows, scale) * inverse_rows
     else:
         p = read(logits, 1.0, 0.0, scale)
-    passed = p * to_rows(load_tile(decayed, pid, m, C, M), DTYPE, PRECISION, C, GB)
+    passed = p * decayed(gates, DTYPE, PRECISION, C, GB, M)
     left = passed.to(DTYPE)
     A, _met = weights(p, passed, left, pairs, gates, False, False, C, GB, M, PRECISION)
     out = tl.dot(left, tl.trans(V0), input_precision=PRECISION)
