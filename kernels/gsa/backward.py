@@ -90,11 +90,9 @@ def inner_kernel(
         if OCCUPANCY:
             inverse_rows = to_rows(load_tile(inverse, pid, m, C, M), DTYPE, PRECISION, C, GB)
             log_rows = to_rows(load_tile(log_z, pid, m, C, M), DTYPE, PRECISION, C, GB)
-            softmax = read(logits, inverse_rows, log_rows, scale)
-            p = softmax * inverse_rows
+            p = read(logits, inverse_rows, log_rows, scale) * inverse_rows
         else:
-            softmax = read(logits, 1.0, 0.0, scale)
-            p = softmax
+            p = read(logits, 1.0, 0.0, scale)
 
         if BE * M >= 256 * 256:
             V0 = load_state(states, first, D, E, BE, M)
@@ -117,15 +115,15 @@ def inner_kernel(
         add_tile(met, met_here, pid, m, again, C, M)
         dp, crossed = reads(xo, pairs, V0, p, gates, LINEAR, C, GB, M, PRECISION)
         read_rows = p * dp
-        dp += own_value[:, None] * to_rows(load_tile(w, pid, m, C, M), DTYPE, PRECISION, C, GB)
-        dp_p = dp * p
+        # made anew, like other tiles of rows here: one that waits for its use costs 32 registers, which are not there
+        own_w = to_rows(load_tile(w, pid, m, C, M), DTYPE, PRECISION, C, GB)
+        dp_p = read_rows + p * own_value[:, None] * own_w
+        before = logits - own_key * own_w
         total = tl.sum(dp_p, axis=1)[:, None]
         if OCCUPANCY:
             inverse_rows = to_rows(load_tile(inverse, pid, m, C, M), DTYPE, PRECISION, C, GB)
-            dy = softmax * (dp * inverse_rows - total)
-            dl = dy * scale * inverse_rows
-            dz = (dy * (1.0 - scale * logits * inverse_rows) - dp_p) * inverse_rows
-            dz = over_heads(dz, True, DTYPE, PRECISION, C, GB)
+            dl = scale * (dp_p * inverse_rows - p * total)
+            dz = over_heads(-p * total - dl * logits * inverse_rows, True, DTYPE, PRECISION, C, GB)
             dz *= tl.exp(load_tile(L, pid, m, C, M))
             at = d_occupancy + pid.to(tl.int64) * M + m
             tl.store(at, tl.sum(dz, axis=0) + tl.load(at, mask=(m >= 0) & again, other=0.0))
@@ -165,14 +163,14 @@ def flow(u, x, y, K0, gates, dy, met, across, LINEAR: tl.constexpr, C: tl.conste
     passed = u * decayed(gates, x.dtype, PRECISION, C, GB, M)
     left = passed.to(x.dtype)
     A, met_here = weights(u, passed, left, pairs, gates, True, LINEAR, C, GB, M, PRECISION)
-    dx = tl.dot(left, tl.trans(K0), input_precision=PRECISION)
-    dx = tl.dot(A, y, dx, input_precision=PRECISION)
-    dy = tl.dot(tl.trans(A), x, dy, input_precision=PRECISION)
     met += met_here
     if LINEAR:
         if classes > 0:
             _total, crossed = reads(x, pairs, K0, u, gates, True, C, GB, M, PRECISION)
             across += crossed
+    dx = tl.dot(left, tl.trans(K0), input_precision=PRECISION)  # last: it is the largest tile
+    dx = tl.dot(A, y, dx, input_precision=PRECISION)
+    dy = tl.dot(tl.trans(A), x, dy, input_precision=PRECISION)
     return dx, dy, met, across
 
 
