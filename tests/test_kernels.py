@@ -115,6 +115,20 @@ def test_parts_of_the_backward_pass(packed, monkeypatch):
         assert all(torch.equal(again[name], whole[name]) for name in whole)
 
 
+@pytest.mark.parametrize("spec", [PAPER, EVICTING], ids=["paper", "evicting"])
+@pytest.mark.parametrize(
+    "shape",
+    [{"T": 70, "D": 80}, {"T": 64, "B": 2, "H": 2}, {"T": 90, "documents": 5, "bounds": (0, 1, 1, 33, 75, 90)}],
+    ids=str,
+)
+def test_the_memory_by_one_kernel(spec, shape, monkeypatch):
+    """As where documents and heads fill a GPU."""
+    monkeypatch.setattr(fused, "FEW", 0)
+    bounds = shape.get("bounds")
+    kwargs = {} if bounds is None else {"cu_seqlens": torch.tensor(bounds)}
+    compare(spec, shape={name: x for name, x in shape.items() if name != "bounds"}, **kwargs)
+
+
 def test_chunk_table_needs_no_host():
     bounds = torch.tensor([0, 1, 1, 33, 75, 90])
     table, first = chunk_table(bounds, 90, 32)

@@ -1,9 +1,13 @@
 """Triton forward: what each chunk adds to the memory, the scan over chunks, the output of each chunk.
 
     gates_kernel     (gates.py) decays and write weights                          a program a chunk, head and some slots
+    memory_kernel    memory before every chunk; the final memory                  a document, head, 64 features
+    output_kernel    logits, softmax over slots, output                           a program a chunk, head and tile
+
+Where documents and heads are too few to fill a GPU, in place of memory_kernel:
+
     written_kernel   what a chunk adds to the memory                              a program a chunk and head
     scan_kernel      memory before every chunk, in place of the gains; the final  elementwise over chunks
-    output_kernel    logits, softmax over slots, output                           a program a chunk, head and tile
 
 The memory of a chunk is a [D+E,M] matrix in the inputs' type (float32 for float16): features in rows, so that every
 product takes a loaded tile transposed. It is kept decayed by the chunk's first token, whose class then has one `row`
@@ -34,6 +38,87 @@ from .tile import (
     up_to_own,
     weights,
 )
+
+
+@triton.jit
+def load_step(x, stride, left, L, at, token, tokens, f, size, m, more, C: tl.constexpr, M: tl.constexpr):
+    """What a step of memory_kernel reads: features [C,BF], weights [C,M], L at the first and last token [M]."""
+    t = tl.arange(0, C)
+    rows = tl.load(
+        x + (token + t).to(tl.int64)[:, None] * stride + f[None, :],
+        mask=(token + t < tokens)[:, None] & (f < size)[None, :], other=0.0,
+    )  # fmt: skip
+    tile, there = at * (C * M) + m, m < tl.where(more, M, 0)
+    weight = tl.load(left + tile[None, :] + (t * M)[:, None], mask=(t >= 0)[:, None] & there[None, :], other=0.0)
+    first = tl.load(L + tile, mask=there, other=0.0)
+    last = tl.load(L + tile + (C - 1) * M, mask=there, other=0.0)
+    return rows, weight, first, last
+
+
+@triton.jit(do_not_specialize=["T", "chunks_per_row", "heads"])
+def memory_kernel(
+    k, v, states, left, L, occupancy, begin_keys, begin_values, begin_occupancy, end_keys, end_values, end_occupancy,
+    table, bounds, T, chunks_per_row, H, heads, k_b, k_t, k_h, v_b, v_t, v_h,
+    PACKED: tl.constexpr, PRECISION: tl.constexpr, OCCUPANCY: tl.constexpr, HAS_BEGIN: tl.constexpr,
+    HAS_END: tl.constexpr, D: tl.constexpr, E: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BF: tl.constexpr,
+):  # fmt: skip
+    """`written_kernel` and `scan_kernel` (not in reverse) in one: the memory is written once and never read.
+
+    One program goes through the chunks of a document and head with BF features of the keys or of the values, in all
+    slots, in registers; it reads two chunks ahead. The first also does the occupancy."""
+    n, h = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
+    if PACKED:
+        start = tl.load(bounds + n)
+        chunks = (tl.load(bounds + n + 1) - start).to(tl.int32)
+        begin = tl.load(table + 2 * start, mask=chunks > 0, other=0)
+        tokens = (chunks - 1) * C + tl.load(table + 2 * (start + chunks) - 1, mask=chunks > 0, other=0).to(tl.int32)
+        row = n * 0
+    else:
+        start, chunks, begin, tokens, row = n * chunks_per_row, chunks_per_row, n * 0, T, n
+    blocks: tl.constexpr = D // BF
+    block = tl.program_id(1)
+    if block < blocks:
+        x, stride, size = k + row * k_b + begin * k_t + h * k_h, k_t, D
+        offset, in_states = block * BF, block * BF
+    else:
+        x, stride, size = v + row * v_b + begin * v_t + h * v_h, v_t, E
+        offset, in_states = (block - blocks) * BF, D + (block - blocks) * BF
+    DTYPE = states.dtype.element_ty
+    f, m = offset + tl.arange(0, BF), tl.arange(0, M)
+    is_key = (f < tl.where(block < blocks, D, 0))[:, None] & (m >= 0)[None, :]
+    is_value = (f < tl.where(block < blocks, 0, E))[:, None] & (m >= 0)[None, :]
+    counted = m < tl.where(block == 0, M, 0)
+    key_at = (n * H + h) * M * D + m[None, :] * D + f[:, None]
+    value_at = (n * H + h) * M * E + m[None, :] * E + f[:, None]
+    carry = tl.zeros([BF, M], tl.float32)
+    z = tl.zeros([M], tl.float32)
+    if HAS_BEGIN:
+        carry += tl.load(begin_keys + key_at, mask=is_key, other=0.0).to(tl.float32)
+        carry += tl.load(begin_values + value_at, mask=is_value, other=0.0).to(tl.float32)
+        if OCCUPANCY:
+            z += tl.load(begin_occupancy + (n * H + h) * M + m, mask=counted, other=0.0).to(tl.float32)
+    at = start * heads + h
+    here = load_step(x, stride, left, L, at, 0, tokens, f, size, m, chunks > 0, C, M)
+    after = load_step(x, stride, left, L, at + heads, C, tokens, f, size, m, chunks > 1, C, M)
+    for i in range(0, chunks):
+        later = load_step(
+            x, stride, left, L, at + 2 * heads, (i + 2) * C, tokens, f, size, m, i + 2 < chunks, C, M
+        )  # fmt: skip
+        rows, weight, first, last = here
+        place = at * ((D + E) * M) + (in_states + tl.arange(0, BF))[:, None] * M + m[None, :]
+        tl.store(states + place, (carry * tl.exp(first)[None, :]).to(DTYPE))
+        if OCCUPANCY:
+            tl.store(occupancy + at * M + m, z, mask=counted)
+            z = tl.exp(last) * z - expm1(last)
+        carry *= tl.exp(last)[None, :]
+        carry = tl.dot(tl.trans(rows.to(DTYPE)), weight, carry, input_precision=PRECISION)
+        at += heads
+        here, after = after, later
+    if HAS_END:
+        tl.store(end_keys + key_at, carry, mask=is_key)
+        tl.store(end_values + value_at, carry, mask=is_value)
+        if OCCUPANCY:
+            tl.store(end_occupancy + (n * H + h) * M + m, z, mask=counted)
 
 
 @triton.jit(do_not_specialize=["T", "chunks_per_row", "heads"])

@@ -143,6 +143,8 @@ AXES = {
     **dict.fromkeys(("dq", "dk", "dv", "dgate", "ds", "dq_sink", "dlogits"), (0, 2)),
     "positions": (0, None), "write": (None, 0), "keep": (None, 0), "d_bias": (0, 1),
 }  # fmt: skip
+SIDES = tuple(f"{side}_{part}" for side in ("begin", "end") for part in ("keys", "values", "occupancy"))
+FEW = 96  # programs under which memory_kernel takes longer than the two kernels of which it saves the traffic
 Memory = tuple[Tensor, Tensor, Tensor]  # keys [N,H,M,D], values [N,H,M,E], occupancy [N,H,M]
 
 
@@ -163,8 +165,8 @@ class Launch:
         self.dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
         self.whole = {
             "q": q, "q_sink": q_sink, "k": k, "v": v, "gate": gate, "s": s, "write": write, "keep": keep,
-            "turns": turns, "positions": positions, "table": table, "T": T, "chunks_per_row": triton.cdiv(T, C), "H": H,
-            "G": HQ // H, "scale": scale, "rate": 1.0 / damping,
+            "turns": turns, "positions": positions, "table": table, "bounds": self.bounds, "T": T,
+            "chunks_per_row": triton.cdiv(T, C), "H": H, "G": HQ // H, "scale": scale, "rate": 1.0 / damping,
             **strides("q", q), **strides("k", k), **strides("v", v),
             "FORM": form, "LINEAR": form == "linear", "RING": ring, "SINKS": sinks, "OCCUPANCY": normalised,
             "PACKED": table is not None, "HAS_POSITIONS": positions is not None, "HAS_TURNS": turns is not None,
@@ -225,6 +227,9 @@ class Launch:
         each = x.shape[axis] // self.shape[0]
         return self.part.head * each, self.part.heads * each
 
+    def part_documents(self) -> int:
+        return self.part.rows if self.bounds is None else self.documents
+
     def cut(self, memory: Memory | None) -> Memory | None:
         """The part's documents and heads."""
         return memory and tuple(x[self.part.row :, self.part.head :] for x in memory)
@@ -246,8 +251,7 @@ class Launch:
         """`forward.scan_kernel` over every document; begin and end: (keys, values, occupancy) or None."""
         H, M, D, E = self.shape
         features = 8
-        documents = self.documents if self.bounds is not None else self.part.rows
-        forward.scan_kernel[(documents * self.part.heads, triton.cdiv(D + E, features))](
+        forward.scan_kernel[(self.part_documents() * self.part.heads, triton.cdiv(D + E, features))](
             states, self.args["L"], occupancy, *(self.cut(begin) or (None,) * 3), *(self.cut(end) or (None,) * 3),
             self.bounds, self.args["chunks_per_row"], H, self.part.heads, PACKED=self.bounds is not None,
             REVERSE=reverse, OCCUPANCY=occupancy is not None, HAS_BEGIN=begin is not None, HAS_END=end is not None,
@@ -257,8 +261,17 @@ class Launch:
     def write(self, begin, end) -> None:
         """Gates of every chunk, and the memory before it."""
         self.run(gates.gates_kernel, 2, slots=self.args["BLOCKS"])
-        self.run(forward.written_kernel, 4)
-        self.scan(self.args["states"], self.args["occupancy"], begin, end)
+        _, M, D, E = self.shape
+        features = math.gcd(D, E, 64)
+        grid = self.part_documents() * self.part.heads, (D + E) // features
+        if math.prod(grid) < FEW:
+            self.run(forward.written_kernel, 4)
+            self.scan(self.args["states"], self.args["occupancy"], begin, end)
+            return
+        sides = dict(zip(SIDES, (*(self.cut(begin) or (None,) * 3), *(self.cut(end) or (None,) * 3)), strict=True))
+        args = self.args | sides | {"HAS_BEGIN": begin is not None, "HAS_END": end is not None, "BF": features}
+        args = {name: args[name] for name in forward.memory_kernel.arg_names}
+        forward.memory_kernel[grid](**args, num_warps=4 if M > 32 else 2, num_stages=1)
 
 
 def strides(name: str, x: Tensor) -> dict[str, int]:
@@ -337,8 +350,9 @@ def gsa_backward(
         launch.run(backward.outer_kernel, launch.tile.warps)
         launch.run(gates.logits_kernel, 2, slots=launch.args["BLOCKS"])
     if ring:
+        d_bias = launch.whole["d_bias"].sum(0)
         for i, (name, x) in enumerate((("dwrite", write), ("dkeep", keep))):
-            grads[name] = launch.whole["d_bias"][:, :, i].sum(0).to(x.dtype)
+            grads[name] = d_bias[:, i].to(x.dtype, copy=True)
     if silu:
         for name, x in (("dq", q), ("dk", k), ("dv", v), ("dq_sink", q_sink)):
             if x is not None:

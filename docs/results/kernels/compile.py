@@ -110,6 +110,7 @@ def main(out: str) -> None:
         kernels = {
             "gates": (gate_kernels.gates_kernel, 2), "logits": (gate_kernels.logits_kernel, 2),
             "written": (forward.written_kernel, 4), "scan": (forward.scan_kernel, 4),
+            "memory": (forward.memory_kernel, 4 if slots > 32 else 2),
             "output": (forward.output_kernel, tile.warps), "inner": (backward.inner_kernel, tile.warps),
             "outer": (backward.outer_kernel, tile.warps), "step": (decode.step_kernel, step_warps(dim, slots)),
         }  # fmt: skip
@@ -120,7 +121,7 @@ def main(out: str) -> None:
                "tile": tile._asdict(), "kernels": {}}  # fmt: skip
         for part, (kernel, warps) in kernels.items():
             own = {name: x for name, x in flags.items() if name != "G" or part != "output"}
-            own |= {"BM": max(slots, 32)} if part == "turns" else {}
+            own |= {"turns": {"BM": max(slots, 32)}, "memory": {"BF": 64}}.get(part, {})
             row["kernels"][part] = used = build(kernel, own, f"*{name}", states, arch, warps)
             if used["shared"] > SHARED[arch]:
                 failed.append((arch, dim, slots, name, gates, part, used["shared"]))
