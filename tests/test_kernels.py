@@ -121,9 +121,9 @@ def test_parts_of_the_backward_pass(packed, monkeypatch):
     [{"T": 70, "D": 80}, {"T": 64, "B": 2, "H": 2}, {"T": 90, "documents": 5, "bounds": (0, 1, 1, 33, 75, 90)}],
     ids=str,
 )
-def test_the_memory_by_one_kernel(spec, shape, monkeypatch):
-    """As where documents and heads fill a GPU."""
-    monkeypatch.setattr(fused, "FEW", 0)
+def test_the_memory_by_two_kernels(spec, shape, monkeypatch):
+    """As for a long text that is alone."""
+    monkeypatch.setattr(fused, "LONG", 0)
     bounds = shape.get("bounds")
     kwargs = {} if bounds is None else {"cu_seqlens": torch.tensor(bounds)}
     compare(spec, shape={name: x for name, x in shape.items() if name != "bounds"}, **kwargs)

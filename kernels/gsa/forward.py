@@ -4,7 +4,7 @@
     memory_kernel    memory before every chunk; the final memory                  a document, head, 64 features
     output_kernel    logits, softmax over slots, output                           a program a chunk, head and tile
 
-Where documents and heads are too few to fill a GPU, in place of memory_kernel:
+For a long text alone, whose heads do not fill a GPU, in place of memory_kernel:
 
     written_kernel   what a chunk adds to the memory                              a program a chunk and head
     scan_kernel      memory before every chunk, in place of the gains; the final  elementwise over chunks

@@ -144,7 +144,8 @@ AXES = {
     "positions": (0, None), "write": (None, 0), "keep": (None, 0), "d_bias": (0, 1),
 }  # fmt: skip
 SIDES = tuple(f"{side}_{part}" for side in ("begin", "end") for part in ("keys", "values", "occupancy"))
-FEW = 96  # programs under which memory_kernel takes longer than the two kernels of which it saves the traffic
+# Under so many programs and over so many chunks memory_kernel takes longer than the two kernels whose traffic it saves.
+FEW, LONG = 96, 64
 Memory = tuple[Tensor, Tensor, Tensor]  # keys [N,H,M,D], values [N,H,M,E], occupancy [N,H,M]
 
 
@@ -264,7 +265,7 @@ class Launch:
         _, M, D, E = self.shape
         features = math.gcd(D, E, 64)
         grid = self.part_documents() * self.part.heads, (D + E) // features
-        if math.prod(grid) < FEW:
+        if math.prod(grid) < FEW and self.chunks > LONG:
             self.run(forward.written_kernel, 4)
             self.scan(self.args["states"], self.args["occupancy"], begin, end)
             return
