@@ -99,6 +99,36 @@ def test_packed_documents(spec):
     compare(spec, shape={"T": 90, "documents": 5}, cu_seqlens=bounds)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_parts_of_the_backward_pass(packed, monkeypatch):
+    """Rows and heads one after the other in the same scratch: the same bits as all at once."""
+    shape = {"T": 34, "B": 1 if packed else 2, "H": 2, "G": 2, "documents": 3 if packed else 2}
+    kwargs = {"cu_seqlens": torch.tensor([0, 1, 1, 34]).to(DEVICE)} if packed else {}
+    mine, moved, _, _ = inputs(EVICTING, **shape)
+    whole = results(mine, moved, EVICTING, "triton", **kwargs)
+    monkeypatch.setattr(fused, "SCRATCH", 0)
+    chunks = fused.triton.cdiv(34, fused.tile_for(64, 16, 2, torch.float32).chunk) if not packed else 34 // 16 + 3
+    for room, count in ((chunks, 2 if packed else 4), (2 * chunks, 1 if packed else 2)):
+        monkeypatch.setattr(fused, "PROGRAMS", room)
+        assert len(fused.parts(shape["B"], 2, chunks, 1)) == count
+        again = results(mine, moved, EVICTING, "triton", **kwargs)
+        assert all(torch.equal(again[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize("spec", [PAPER, EVICTING], ids=["paper", "evicting"])
+@pytest.mark.parametrize(
+    "shape",
+    [{"T": 70, "D": 80}, {"T": 64, "B": 2, "H": 2}, {"T": 90, "documents": 5, "bounds": (0, 1, 1, 33, 75, 90)}],
+    ids=str,
+)
+def test_the_memory_by_two_kernels(spec, shape, monkeypatch):
+    """As for a long text that is alone."""
+    monkeypatch.setattr(fused, "LONG", 0)
+    bounds = shape.get("bounds")
+    kwargs = {} if bounds is None else {"cu_seqlens": torch.tensor(bounds)}
+    compare(spec, shape={name: x for name, x in shape.items() if name != "bounds"}, **kwargs)
+
+
 def test_chunk_table_needs_no_host():
     bounds = torch.tensor([0, 1, 1, 33, 75, 90])
     table, first = chunk_table(bounds, 90, 32)

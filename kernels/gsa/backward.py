@@ -22,6 +22,7 @@ from .tile import (
     add_state,
     add_tile,
     chunk_span,
+    decayed,
     load_classes,
     load_rows,
     load_state,
@@ -39,29 +40,29 @@ from .tile import (
 )
 
 
-@triton.jit(do_not_specialize=["T", "chunks_per_row"])
+@triton.jit(do_not_specialize=["T", "chunks_per_row", "heads", "positions"])
 def inner_kernel(
-    q, q_sink, k, v, positions, table, states, occupancy, L, label, anchors, decayed, written, later, w, inverse,
-    log_z, last, do, dlogits, dv, adjoint, d_occupancy, own, rows, met, across, z_rows,
-    T, chunks_per_row, H, scale, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
+    q, q_sink, k, v, positions, table, states, occupancy, L, label, anchors, written, later, w, inverse, log_z, last,
+    do, dlogits, dv, adjoint, d_occupancy, own, rows, met, across, z_rows,
+    T, chunks_per_row, H, heads, scale, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, dl_t, dl_h, dl_g,
     PACKED: tl.constexpr, LINEAR: tl.constexpr, SINKS: tl.constexpr, OCCUPANCY: tl.constexpr,
     HAS_POSITIONS: tl.constexpr, HAS_SINK: tl.constexpr, PRECISION: tl.constexpr, BLOCKS: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
     G: tl.constexpr, GB: tl.constexpr,
 ):  # fmt: skip
-    """One chunk and kv head, GB query heads at a time: dlogits [n,H,.,R,M] by tiles; dv [B,T,H,E] inside the chunk;
-    adjoint [n,H,D+E,M] and d_occupancy [n,H,M]: the gains for the reverse scan; tiles [n,H,C,M]: own, the gradient of w
-    by what tokens read of themselves; rows, sums of u times what was read before; met, the values' part of the gradient
-    of what tokens wrote; across, if LINEAR, the values' part and the first token's; z_rows, d log alpha at each row
-    through the occupancy."""
+    """One chunk and kv head, GB query heads at a time: dlogits [B,T,H*G,M]; dv [B,T,H,E] inside the chunk; adjoint
+    [n,H,D+E,M] and d_occupancy [n,H,M]: the gains for the reverse scan; tiles [n,H,C,M]: own, the gradient of w by what
+    tokens read of themselves; rows, sums of u times what was read before; met, the values' part of the gradient of what
+    tokens wrote; across, if LINEAR, the values' part and the first token's; z_rows, d log alpha at each row through the
+    occupancy."""
     pid = tl.program_id(0)
-    chunk, h = pid // H, pid % H
+    chunk, h = pid // heads, pid % heads
     batch, begin, count = chunk_span(table, chunk, T, chunks_per_row, C, PACKED)
     if count <= 0:
         return
     row0 = batch * T + begin
     DTYPE = states.dtype.element_ty
-    gates = decayed, written, later, L, label, anchors, pid, load_classes(last, pid, BLOCKS)
+    gates = written, later, L, label, anchors, pid, load_classes(last, pid, BLOCKS)
     first = pid.to(tl.int64) * ((D + E) * M)
     m, d = tl.arange(0, M), tl.arange(0, C)
     columns = row_mask(count, 1, C, 1)
@@ -89,11 +90,9 @@ def inner_kernel(
         if OCCUPANCY:
             inverse_rows = to_rows(load_tile(inverse, pid, m, C, M), DTYPE, PRECISION, C, GB)
             log_rows = to_rows(load_tile(log_z, pid, m, C, M), DTYPE, PRECISION, C, GB)
-            softmax = read(logits, inverse_rows, log_rows, scale)
-            p = softmax * inverse_rows
+            p = read(logits, inverse_rows, log_rows, scale) * inverse_rows
         else:
-            softmax = read(logits, 1.0, 0.0, scale)
-            p = softmax
+            p = read(logits, 1.0, 0.0, scale)
 
         if BE * M >= 256 * 256:
             V0 = load_state(states, first, D, E, BE, M)
@@ -104,7 +103,7 @@ def inner_kernel(
         ).to(DTYPE)  # fmt: skip
         pairs, own_value = triangle(tl.dot(xo, tl.trans(z), input_precision=PRECISION), C, GB)
         pairs = pairs.to(DTYPE)
-        passed = p * to_rows(load_tile(decayed, pid, m, C, M), DTYPE, PRECISION, C, GB)
+        passed = p * decayed(gates, DTYPE, PRECISION, C, GB, M)
         left = passed.to(DTYPE)
         gain = tl.dot(tl.trans(xo), left, input_precision=PRECISION)
         add_state(adjoint, gain, first, D, again, E, BE, M)
@@ -116,15 +115,15 @@ def inner_kernel(
         add_tile(met, met_here, pid, m, again, C, M)
         dp, crossed = reads(xo, pairs, V0, p, gates, LINEAR, C, GB, M, PRECISION)
         read_rows = p * dp
-        dp += own_value[:, None] * to_rows(load_tile(w, pid, m, C, M), DTYPE, PRECISION, C, GB)
-        dp_p = dp * p
+        # made anew, like other tiles of rows here: one that waits for its use costs 32 registers, which are not there
+        own_w = to_rows(load_tile(w, pid, m, C, M), DTYPE, PRECISION, C, GB)
+        dp_p = read_rows + p * own_value[:, None] * own_w
+        before = logits - own_key * own_w
         total = tl.sum(dp_p, axis=1)[:, None]
         if OCCUPANCY:
             inverse_rows = to_rows(load_tile(inverse, pid, m, C, M), DTYPE, PRECISION, C, GB)
-            dy = softmax * (dp * inverse_rows - total)
-            dl = dy * scale * inverse_rows
-            dz = (dy * (1.0 - scale * logits * inverse_rows) - dp_p) * inverse_rows
-            dz = over_heads(dz, True, DTYPE, PRECISION, C, GB)
+            dl = scale * (dp_p * inverse_rows - p * total)
+            dz = over_heads(-p * total - dl * logits * inverse_rows, True, DTYPE, PRECISION, C, GB)
             dz *= tl.exp(load_tile(L, pid, m, C, M))
             at = d_occupancy + pid.to(tl.int64) * M + m
             tl.store(at, tl.sum(dz, axis=0) + tl.load(at, mask=(m >= 0) & again, other=0.0))
@@ -132,18 +131,18 @@ def inner_kernel(
             add_tile(z_rows, dz * (z0 - 1.0), pid, m, again, C, M)
         else:
             dl = scale * (dp_p - p * total)
-        store_tile(dlogits, dl, pid * tl.cdiv(G, GB) + g0 // GB, m, C * GB, M)
+        store_rows(dlogits, dl, row0 * dl_t + h * dl_h + g0 * dl_g, dl_t, dl_g, live, C, GB, M, M)
         add_tile(rows, over_heads(read_rows + dl * before, True, DTYPE, PRECISION, C, GB), pid, m, again, C, M)
         value = over_heads(p * own_value[:, None] + dl * own_key, False, DTYPE, PRECISION, C, GB)
         add_tile(own, value, pid, m, again, C, M)
         if HAS_SINK:
-            passed = dl * to_rows(load_tile(decayed, pid, m, C, M), DTYPE, PRECISION, C, GB)
+            passed = dl * decayed(gates, DTYPE, PRECISION, C, GB, M)
             left = tl.where(sink, 0.0, passed).to(DTYPE)
             gain = tl.dot(tl.trans(xq), left, input_precision=PRECISION)
             left = tl.where(sink, passed, 0.0).to(DTYPE)
             gain = tl.dot(tl.trans(xs), left, gain, input_precision=PRECISION)
         else:
-            left = (dl * to_rows(load_tile(decayed, pid, m, C, M), DTYPE, PRECISION, C, GB)).to(DTYPE)
+            left = (dl * decayed(gates, DTYPE, PRECISION, C, GB, M)).to(DTYPE)
             gain = tl.dot(tl.trans(xq), left, input_precision=PRECISION)
         add_state(adjoint, gain, first, 0, again, D, BD, M)
         if LINEAR:
@@ -158,28 +157,28 @@ def flow(u, x, y, K0, gates, dy, met, across, LINEAR: tl.constexpr, C: tl.conste
          PRECISION: tl.constexpr):  # fmt: skip
     """The gradient of rows x [R,D] that read K0 [D,M] and columns y [C,D] with a gradient u [R,M]; and, added up: dy
     [C,D], met and across [C,M]."""
-    decayed, _written, _later, _L, _label, _anchors, pid, classes = gates
+    classes = gates[6]
     pairs, _own = triangle(tl.dot(x, tl.trans(y), input_precision=PRECISION), C, GB)
     pairs = pairs.to(x.dtype)
-    passed = u * to_rows(load_tile(decayed, pid, tl.arange(0, M), C, M), x.dtype, PRECISION, C, GB)
+    passed = u * decayed(gates, x.dtype, PRECISION, C, GB, M)
     left = passed.to(x.dtype)
     A, met_here = weights(u, passed, left, pairs, gates, True, LINEAR, C, GB, M, PRECISION)
-    dx = tl.dot(left, tl.trans(K0), input_precision=PRECISION)
-    dx = tl.dot(A, y, dx, input_precision=PRECISION)
-    dy = tl.dot(tl.trans(A), x, dy, input_precision=PRECISION)
     met += met_here
     if LINEAR:
         if classes > 0:
             _total, crossed = reads(x, pairs, K0, u, gates, True, C, GB, M, PRECISION)
             across += crossed
+    dx = tl.dot(left, tl.trans(K0), input_precision=PRECISION)  # last: it is the largest tile
+    dx = tl.dot(A, y, dx, input_precision=PRECISION)
+    dy = tl.dot(tl.trans(A), x, dy, input_precision=PRECISION)
     return dx, dy, met, across
 
 
-@triton.jit(do_not_specialize=["T", "chunks_per_row"])
+@triton.jit(do_not_specialize=["T", "chunks_per_row", "heads"])
 def outer_kernel(
-    q, q_sink, k, v, table, states, adjoint, L, label, anchors, decayed, written, later, left, last, dlogits, dq,
-    dq_sink, dk, dv, met, after, across, through,
-    T, chunks_per_row, H, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
+    q, q_sink, k, v, table, states, adjoint, L, label, anchors, written, later, left, last, dlogits, dq, dq_sink, dk,
+    dv, met, after, across, through,
+    T, chunks_per_row, H, heads, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, dl_t, dl_h, dl_g,
     PACKED: tl.constexpr, LINEAR: tl.constexpr, SINKS: tl.constexpr, HAS_SINK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCKS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, M: tl.constexpr,
     C: tl.constexpr, G: tl.constexpr, GB: tl.constexpr,
@@ -188,13 +187,13 @@ def outer_kernel(
     memory after the chunk, and to met and across [n,H,C,M] the keys' part; after [n,H,C,M] is the gradient of what a
     token left in that memory, through [n,H,M] that of the memory before the chunk's decay."""
     pid = tl.program_id(0)
-    chunk, h = pid // H, pid % H
+    chunk, h = pid // heads, pid % heads
     batch, begin, count = chunk_span(table, chunk, T, chunks_per_row, C, PACKED)
     if count <= 0:
         return
     row0 = batch * T + begin
     DTYPE = states.dtype.element_ty
-    gates = decayed, written, later, L, label, anchors, pid, load_classes(last, pid, BLOCKS)
+    gates = written, later, L, label, anchors, pid, load_classes(last, pid, BLOCKS)
     first = pid.to(tl.int64) * ((D + E) * M)
     m = tl.arange(0, M)
     columns = row_mask(count, 1, C, 1)
@@ -206,7 +205,8 @@ def outer_kernel(
         live = row_mask(count, G - g0, C, GB)
         q_first = batch * q_b + begin * q_t + (h * G + g0) * q_h
         at = (row0 * H + h) * G * D + g0 * D
-        dl = load_tile(dlogits, pid * tl.cdiv(G, GB) + g0 // GB, m, C * GB, M)
+        dl = load_rows(dlogits, row0 * dl_t + h * dl_h + g0 * dl_g, dl_t, dl_g, live, C, GB, M, M)
+        tl.debug_barrier()  # dq may lie in the same place
         x = load_rows(q, q_first, q_t, q_h, live, C, GB, D, BD).to(DTYPE)
         u = dl
         if HAS_SINK:

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 from .functions import expm1
-from .gates import inverse_and_log, load_gates, ring_turn
-from .tile import read
+from .gates import load_gates, ring_turn
+from .tile import inverse_and_log, read
 from .turns import least
 
 

@@ -7,6 +7,7 @@ Shape legend: spec.py, tile.py.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -104,6 +105,50 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, occupancy: bool, s: T
     return None
 
 
+# Backward runs over parts of the rows or heads so that its scratch stays below SCRATCH bytes, but not below PROGRAMS
+# chunks and heads a part: with one program a multiprocessor these are eight waves on the largest GPUs.
+SCRATCH = 180 * 2**20
+PROGRAMS = 1024
+
+
+class Part(NamedTuple):
+    """Rows of the batch and kv heads that are worked on together: from, how many."""
+
+    row: int
+    rows: int
+    head: int
+    heads: int
+
+
+def parts(rows: int, heads: int, chunks: int, size: int) -> list[Part]:
+    """All rows of `chunks` chunks each and all heads, in parts of SCRATCH bytes, a chunk and head needing `size`."""
+    room = max(SCRATCH // size, PROGRAMS)  # chunks and heads of a part
+    some_rows = even(rows, room // (chunks * heads))
+    some_heads = heads if some_rows > 1 or chunks * heads <= room else even(heads, room // chunks)
+    return [
+        Part(row, min(some_rows, rows - row), head, min(some_heads, heads - head))
+        for row in range(0, rows, some_rows)
+        for head in range(0, heads, some_heads)
+    ]
+
+
+def even(n: int, most: int) -> int:
+    """Size of the parts if n are to be in as few as possible, none larger than `most` (or than 1)."""
+    return triton.cdiv(n, triton.cdiv(n, max(most, 1)))
+
+
+# axes of the rows and of the heads of the tensors that a part is cut out of; others belong to all parts
+AXES = {
+    **dict.fromkeys(("q", "q_sink", "k", "v", "gate", "s", "turns", "do", "o"), (0, 2)),
+    **dict.fromkeys(("dq", "dk", "dv", "dgate", "ds", "dq_sink", "dlogits"), (0, 2)),
+    "positions": (0, None), "write": (None, 0), "keep": (None, 0), "d_bias": (0, 1),
+}  # fmt: skip
+SIDES = tuple(f"{side}_{part}" for side in ("begin", "end") for part in ("keys", "values", "occupancy"))
+# Under so many programs and over so many chunks memory_kernel takes longer than the two kernels whose traffic it saves.
+FEW, LONG = 96, 64
+Memory = tuple[Tensor, Tensor, Tensor]  # keys [N,H,M,D], values [N,H,M,E], occupancy [N,H,M]
+
+
 class Launch:
     """Tile, scratch and the arguments that the kernels of one call share, by the kernels' names for them."""
 
@@ -116,13 +161,13 @@ class Launch:
         self.device, self.shape = q.device, (H, M, D, E)
         # here, not before the operator: of all layers that torch.compile has made, too, one works it out
         table, self.bounds = (None, None) if cu_seqlens is None else remembered(chunk_table, cu_seqlens, T, C)
-        self.chunks = B * triton.cdiv(T, C) if table is None else table.shape[0]
+        self.chunks = triton.cdiv(T, C) if table is None else table.shape[0]  # of a row
         self.documents = document_count(B, cu_seqlens)
         self.dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
-        self.args = {
+        self.whole = {
             "q": q, "q_sink": q_sink, "k": k, "v": v, "gate": gate, "s": s, "write": write, "keep": keep,
-            "turns": turns, "positions": positions, "table": table, "T": T, "chunks_per_row": triton.cdiv(T, C), "H": H,
-            "G": HQ // H, "scale": scale, "rate": 1.0 / damping,
+            "turns": turns, "positions": positions, "table": table, "bounds": self.bounds, "T": T,
+            "chunks_per_row": triton.cdiv(T, C), "H": H, "G": HQ // H, "scale": scale, "rate": 1.0 / damping,
             **strides("q", q), **strides("k", k), **strides("v", v),
             "FORM": form, "LINEAR": form == "linear", "RING": ring, "SINKS": sinks, "OCCUPANCY": normalised,
             "PACKED": table is not None, "HAS_POSITIONS": positions is not None, "HAS_TURNS": turns is not None,
@@ -131,29 +176,66 @@ class Launch:
             "DTYPE": tl.bfloat16 if self.dtype == torch.bfloat16 else tl.float32,
             "D": D, "BD": triton.next_power_of_2(D), "E": E, "BE": triton.next_power_of_2(E), "M": M, "BM": self.slots,
             "BLOCKS": M // self.slots, "C": C, "GB": self.tile.heads,
-            "L": self.scratch(C, M), "label": self.scratch(C, M, dtype=torch.int8), "anchors": self.scratch(C, M),
-            "decayed": self.scratch(C, M), "in_class": self.scratch(C, M) if backward else None,
-            "written": self.scratch(C, M, dtype=self.dtype), "later": self.scratch(C, M, dtype=self.dtype),
-            "left": self.scratch(C, M, dtype=self.dtype),
-            "w": self.scratch(C, M), "BACKWARD": backward,
-            "last": self.scratch(M // self.slots, dtype=torch.int32),
-            "inverse": self.scratch(C, M) if normalised else None, "log_z": self.scratch(C, M) if normalised else None,
-            **self.memory(normalised),
         }  # fmt: skip
-
-    def scratch(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """A buffer for every chunk and head."""
-        return torch.empty(self.chunks, self.shape[0], *shape, device=self.device, dtype=dtype)
-
-    def memory(self, normalised: bool) -> dict[str, Tensor | None]:
-        """Scratch for the memory (or its adjoint) of every chunk."""
-        H, M, D, E = self.shape
-        return {
-            "states": self.scratch(D + E, M, dtype=self.dtype),
-            "occupancy": self.scratch(M) if normalised else None,
+        tiles = {name: ((C, M), torch.float32) for name in ("L", "anchors")}
+        tiles |= {name: ((C, M), self.dtype) for name in ("written", "later", "left")}
+        tiles |= {"label": ((C, M), torch.int8), "last": ((M // self.slots,), torch.int32)}
+        tiles |= {"states": ((D + E, M), self.dtype), "occupancy": ((M,), torch.float32) if normalised else None}
+        if backward:
+            tiles |= {name: ((C, M), torch.float32) for name in ("w", "own", "rows", "met", "after")}
+            tiles |= {name: ((C, M), torch.float32) if normalised else None for name in ("inverse", "log_z", "z_rows")}
+            tiles |= {"across": ((C, M), torch.float32) if form == "linear" else None, "through": ((M,), torch.float32)}
+            tiles |= {"adjoint": tiles["states"], "d_occupancy": tiles["occupancy"]}
+        size = sum(math.prod(tile[0]) * tile[1].itemsize for tile in tiles.values() if tile)
+        self.apart = backward and D * q.element_size() < 4 * M  # d logits have no room in the place of dq
+        size += 4 * C * (HQ // H) * M * self.apart
+        self.parts = parts(B, H, self.chunks, size) if backward else [Part(0, B, 0, H)]
+        n, heads = self.chunks * self.parts[0].rows, self.parts[0].heads
+        self.args = {
+            name: tile if tile is None else torch.empty(n, heads, *tile[0], device=self.device, dtype=tile[1])
+            for name, tile in tiles.items()
         }
+        self.args.setdefault("w", self.args["anchors"])
+        self.begin(self.parts[0])
 
-    def state(self) -> tuple[Tensor, Tensor, Tensor]:
+    def add(self, **tensors: Tensor | None) -> None:
+        """What backward reads and writes beside its scratch."""
+        H, M, _, _ = self.shape
+        self.whole |= tensors
+        dq, part, G = self.whole["dq"], self.parts[0], self.whole["G"]
+        if self.apart:
+            dlogits = self.args["dlogits"] = torch.empty(part.rows, dq.shape[1], part.heads * G, M, device=self.device)
+        else:  # a program has read its rows of the one before it writes those of the other
+            dlogits = self.whole["dlogits"] = dq.view(torch.float32)
+        self.whole |= {"dl_t": dlogits.stride(1), "dl_h": G * dlogits.stride(2), "dl_g": dlogits.stride(2)}
+        bias = torch.empty(dq.shape[0] * self.chunks, H, 2, M, device=self.device) if self.whole["RING"] else None
+        self.whole["d_bias"] = bias
+
+    def begin(self, part: Part) -> None:
+        """Work on this part from here on."""
+        self.part = part
+        for name, x in self.whole.items():
+            rows, heads = AXES.get(name, (None, None))
+            if rows is not None and x is not None:
+                x = x[part.row * (self.chunks if name == "d_bias" else 1) :]
+            if heads is not None and x is not None:
+                x = x.narrow(heads, *self.heads_of(x, heads))
+            self.args[name] = x
+        self.args["heads"] = part.heads
+
+    def heads_of(self, x: Tensor, axis: int) -> tuple[int, int]:
+        """The part's heads in an axis of kv or query heads: from, how many."""
+        each = x.shape[axis] // self.shape[0]
+        return self.part.head * each, self.part.heads * each
+
+    def part_documents(self) -> int:
+        return self.part.rows if self.bounds is None else self.documents
+
+    def cut(self, memory: Memory | None) -> Memory | None:
+        """The part's documents and heads."""
+        return memory and tuple(x[self.part.row :, self.part.head :] for x in memory)
+
+    def state(self) -> Memory:
         """New keys [N,H,M,D], values [N,H,M,E] and occupancy [N,H,M] of the documents."""
         H, M, D, E = self.shape
         N = self.documents
@@ -163,26 +245,34 @@ class Launch:
     def run(self, kernel, warps: int, heads: int = 1, slots: int = 1) -> None:
         """One program for every chunk and head, or `heads` of them, and each of `slots` parts of the slots."""
         args = {name: self.args[name] for name in kernel.arg_names}
-        kernel[(self.chunks * self.shape[0] * heads, slots)](**args, num_warps=warps, num_stages=1)
+        grid = self.part.rows * self.chunks * self.part.heads * heads, slots
+        kernel[grid](**args, num_warps=warps, num_stages=1)
 
     def scan(self, states: Tensor, occupancy: Tensor | None, begin, end, reverse: bool = False) -> None:
         """`forward.scan_kernel` over every document; begin and end: (keys, values, occupancy) or None."""
         H, M, D, E = self.shape
         features = 8
-        forward.scan_kernel[(self.documents * H, triton.cdiv(D + E, features))](
-            states, self.args["L"], occupancy, *(begin or (None,) * 3), *(end or (None,) * 3),
-            self.bounds, self.args["chunks_per_row"], H, PACKED=self.bounds is not None, REVERSE=reverse,
-            OCCUPANCY=occupancy is not None, HAS_BEGIN=begin is not None, HAS_END=end is not None, D=D, E=E, M=M,
-            C=self.tile.chunk, BF=features, num_warps=4,
+        forward.scan_kernel[(self.part_documents() * self.part.heads, triton.cdiv(D + E, features))](
+            states, self.args["L"], occupancy, *(self.cut(begin) or (None,) * 3), *(self.cut(end) or (None,) * 3),
+            self.bounds, self.args["chunks_per_row"], H, self.part.heads, PACKED=self.bounds is not None,
+            REVERSE=reverse, OCCUPANCY=occupancy is not None, HAS_BEGIN=begin is not None, HAS_END=end is not None,
+            D=D, E=E, M=M, C=self.tile.chunk, BF=features, num_warps=4,
         )  # fmt: skip
 
     def write(self, begin, end) -> None:
         """Gates of every chunk, and the memory before it."""
         self.run(gates.gates_kernel, 2, slots=self.args["BLOCKS"])
-        self.run(forward.written_kernel, 4)
-        self.scan(self.args["states"], self.args["occupancy"], begin, end)
-        if self.args["OCCUPANCY"]:
-            self.run(gates.occupancy_kernel, 2, slots=self.args["BLOCKS"])
+        _, M, D, E = self.shape
+        features = math.gcd(D, E, 64)
+        grid = self.part_documents() * self.part.heads, (D + E) // features
+        if math.prod(grid) < FEW and self.chunks > LONG:
+            self.run(forward.written_kernel, 4)
+            self.scan(self.args["states"], self.args["occupancy"], begin, end)
+            return
+        sides = dict(zip(SIDES, (*(self.cut(begin) or (None,) * 3), *(self.cut(end) or (None,) * 3)), strict=True))
+        args = self.args | sides | {"HAS_BEGIN": begin is not None, "HAS_END": end is not None, "BF": features}
+        args = {name: args[name] for name in forward.memory_kernel.arg_names}
+        forward.memory_kernel[grid](**args, num_warps=4 if M > 32 else 2, num_stages=1)
 
 
 def strides(name: str, x: Tensor) -> dict[str, int]:
@@ -213,7 +303,7 @@ def gsa_forward(
     )  # fmt: skip
     end = launch.state() if final else None
     launch.write(None if keys is None else (keys, values, occupancy), end)
-    o = launch.args["o"] = torch.empty(*q.shape[:3], v.shape[-1], device=q.device, dtype=v.dtype)
+    launch.args["o"] = o = torch.empty(*q.shape[:3], v.shape[-1], device=q.device, dtype=v.dtype)
     tiles = triton.cdiv(q.shape[2] // k.shape[2], launch.tile.heads)
     launch.run(forward.output_kernel, launch.tile.warps, tiles)
     return o, *(end or [q.new_empty(0, dtype=torch.float32) for _ in range(3)])
@@ -241,37 +331,34 @@ def gsa_backward(
         *prepare(q, k, v, q_sink, gate, s, silu), write, keep, turns, positions, cu_seqlens, form, damping, ring,
         sinks, normalised, scale, backward=True,
     )  # fmt: skip
-    launch.write(None if keys is None else (keys, values, occupancy), None)
-    M, C, linear = gate.shape[-1], launch.tile.chunk, form == "linear"
-    adjoint, d_z = launch.memory(normalised).values()
 
-    def like(x: Tensor | None) -> Tensor:
-        return torch.empty(0 if x is None else x.shape, device=q.device, dtype=(q if x is None else x).dtype)
+    def like(x: Tensor | None) -> Tensor | None:
+        return None if x is None else torch.empty(x.shape, device=x.device, dtype=x.dtype)
 
-    grads = {"dq": like(q), "dk": like(k), "dv": like(v), "dgate": like(gate), "ds": like(s)}
-    grads |= {"d_write": like(write), "d_keep": like(keep), "dq_sink": like(q_sink)}
-    tile = launch.tile
-    dlogits = launch.scratch(triton.cdiv(launch.args["G"], tile.heads), C * tile.heads, M)
-    launch.args |= grads | {"do": do.contiguous(), "dlogits": dlogits, "adjoint": adjoint, "d_occupancy": d_z}
-    launch.args |= {name: launch.scratch(C, M) for name in ("own", "rows", "met", "after")}
-    launch.args |= {"across": launch.scratch(C, M) if linear else None, "through": launch.scratch(M)}
-    launch.args |= {"z_rows": launch.scratch(C, M) if normalised else None}
-    d_bias = launch.args["d_bias"] = launch.scratch(2, M) if ring else None
-    launch.run(backward.inner_kernel, launch.tile.warps)
+    names = ("q", "k", "v", "gate", "s", "write", "keep", "q_sink")
+    grads = {f"d{name}": like(x) for name, x in zip(names, (q, k, v, gate, s, None, None, q_sink), strict=True)}
+    launch.add(do=do.contiguous(), **grads)
+    begin = None if keys is None else (keys, values, occupancy)
     d_begin = None if keys is None else launch.state()
     d_end = None if d_keys is None else tuple(x.contiguous() for x in (d_keys, d_values, d_occupancy))
-    launch.scan(adjoint, d_z, begin=d_end, end=d_begin, reverse=True)
-    launch.run(backward.outer_kernel, launch.tile.warps)
-    launch.run(gates.logits_kernel, 2, slots=launch.args["BLOCKS"])
+    for part in launch.parts:
+        launch.begin(part)
+        launch.write(begin, None)
+        if normalised:
+            launch.run(gates.occupancy_kernel, 2, slots=launch.args["BLOCKS"])
+        launch.run(backward.inner_kernel, launch.tile.warps)
+        launch.scan(launch.args["adjoint"], launch.args["d_occupancy"], begin=d_end, end=d_begin, reverse=True)
+        launch.run(backward.outer_kernel, launch.tile.warps)
+        launch.run(gates.logits_kernel, 2, slots=launch.args["BLOCKS"])
     if ring:
-        grads["d_write"], grads["d_keep"] = (
-            d_bias[:, :, i].sum(0).to(x.dtype) for i, x in enumerate((write, keep))
-        )  # fmt: skip
+        d_bias = launch.whole["d_bias"].sum(0)
+        for i, (name, x) in enumerate((("dwrite", write), ("dkeep", keep))):
+            grads[name] = d_bias[:, i].to(x.dtype, copy=True)
     if silu:
         for name, x in (("dq", q), ("dk", k), ("dv", v), ("dq_sink", q_sink)):
             if x is not None:
                 grads[name] = torch.ops.aten.silu_backward(grads[name], x)
-    return [*grads.values(), *(d_begin or (like(x) for x in (keys, values, occupancy)))]
+    return [q.new_empty(0) if x is None else x for x in (*grads.values(), *(d_begin or 3 * (None,)))]
 
 
 @gsa_backward.register_fake

@@ -1,7 +1,7 @@
 """Triton kernels of the gates: from logits to what the other kernels read of them, and the gradient back.
 
     gates_kernel       log alpha and write weights of a chunk; cumulative decays, their classes (tile.py) and anchors
-    occupancy_kernel   after the scan: what a normalised read needs of the occupancy at each token
+    occupancy_kernel   backward, after the scan: what a normalised read needs of the occupancy at each token
     logits_kernel      backward: from the gradients of decays and write weights to those of the gates' inputs
 
 They are elementwise but for sums over a chunk's tokens, so a program takes BM of the M slots: little code and few
@@ -13,10 +13,9 @@ Shape legend: spec.py, tile.py; n = chunks, BM slots of a program.
 import triton
 import triton.language as tl
 
-from .functions import expm1, log, log1p, sigmoid
-from .tile import SPAN, chunk_span, load_tile, store_tile, sum_tokens
+from .functions import expm1, log1p, sigmoid
+from .tile import SPAN, chunk_span, load_tile, occupied, store_tile, sum_tokens
 
-EMPTY = tl.constexpr(2.0**-100)  # spec.EMPTY
 FLOOR = tl.constexpr(-60.0)  # least log alpha of one token: e^-60 is nothing beside a write, yet no denormal
 
 
@@ -98,24 +97,23 @@ def classify(log_alpha, FORM: tl.constexpr):
     return tl.cumsum(steps, axis=0) >> 17
 
 
-@triton.jit(do_not_specialize=["T", "chunks_per_row"])
+@triton.jit(do_not_specialize=["T", "chunks_per_row", "heads", "positions", "turns"])
 def gates_kernel(
-    gate, s, write, keep, positions, turns, table, L, label, anchors, decayed, in_class, written, later, left, w, last,
-    T, chunks_per_row, H, rate,
+    gate, s, write, keep, positions, turns, table, L, label, anchors, written, later, left, w, last,
+    T, chunks_per_row, H, heads, rate,
     PACKED: tl.constexpr, FORM: tl.constexpr, RING: tl.constexpr, SINKS: tl.constexpr, HAS_S: tl.constexpr,
     HAS_POSITIONS: tl.constexpr, HAS_TURNS: tl.constexpr, PRECISION: tl.constexpr, DTYPE: tl.constexpr,
-    BACKWARD: tl.constexpr,
     M: tl.constexpr, BM: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Of one chunk, head and BM slots:
 
-    Tiles [n,H,C,M]: L = cumulative log alpha; label (int8) = class; decayed = `row` of class 0; in_class = `row` of a
-    token's own class; w = write weight; in the matrix products' type: written = w times `col` in class 0, later = the
-    same in the others, left = w times the decay from the token to the chunk's end.
+    Tiles [n,H,C,M]: L = cumulative log alpha; label (int8) = class; w = write weight, in forward in the place of
+    anchors; in the matrix products' type: written = w times `col` in class 0, later = the same in the others, left = w
+    times the decay from the token to the chunk's end.
     anchors [n,H,C,M]: L at the first token of every class, by label; last [n,H,M/BM]: the largest label of these slots.
     """
     pid = tl.program_id(0)
-    chunk, h = pid // H, pid % H
+    chunk, h = pid // heads, pid % heads
     row, begin, count = chunk_span(table, chunk, T, chunks_per_row, C, PACKED)
     if count <= 0:
         return
@@ -145,7 +143,6 @@ def gates_kernel(
         begin_of_class = tl.where(labels == c, anchor[None, :], begin_of_class)
     since = total - begin_of_class
     store_tile(label, labels, pid, m, C, M)
-    store_tile(decayed, tl.exp(total - first_token), pid, m, C, M)
     here = tl.exp(-since) * weight
     store_tile(written, tl.where(labels == 0, here, 0.0), pid, m, C, M)
     if classes > 0:
@@ -153,38 +150,26 @@ def gates_kernel(
     t = tl.arange(0, C)
     to_end = tl.exp(sum_tokens(t[None, :] > t[:, None], log_alpha, True, DTYPE, PRECISION))
     store_tile(left, to_end * weight, pid, m, C, M)
-    if BACKWARD:
-        store_tile(in_class, tl.exp(since), pid, m, C, M)
-
-
-@triton.jit
-def inverse_and_log(z):
-    """1 / z and log2 z of an occupancy; 0 and -3e38 for an empty slot, which `read` then gives no weight."""
-    present = z > EMPTY
-    z = tl.where(present, z, 1.0)
-    return tl.where(present, 1.0 / z, 0.0), tl.where(present, log(z) * 1.4426950408889634, -3e38)
 
 
 @triton.jit
 def occupancy_kernel(
     occupancy, L, inverse, log_z, M: tl.constexpr, BM: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Tiles [n,H,C,M]: 1 / z and log2 z of the occupancy z after each token, z_0 e^L + (1 - e^L), as every write weight
-    is one minus its decay."""
+    """Tiles [n,H,C,M]: 1 / z and log2 z of the occupancy z after each token. (In forward each is needed once, and is
+    made where it is.)"""
     pid = tl.program_id(0)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
-    total = load_tile(L, pid, m, C, M)
-    z = tl.load(occupancy + pid.to(tl.int64) * M + m)[None, :] * tl.exp(total) - expm1(total)
-    inverted, logarithm = inverse_and_log(z)
+    inverted, logarithm = occupied(occupancy, L, pid, m, C, M)
     store_tile(inverse, inverted, pid, m, C, M)
     store_tile(log_z, logarithm, pid, m, C, M)
 
 
-@triton.jit(do_not_specialize=["T", "chunks_per_row"])
+@triton.jit(do_not_specialize=["T", "chunks_per_row", "heads", "positions", "turns"])
 def logits_kernel(
-    gate, s, write, keep, positions, turns, table, occupancy, d_occupancy, L, label, in_class, own, rows, met,
+    gate, s, write, keep, positions, turns, table, occupancy, d_occupancy, L, label, anchors, last, own, rows, met,
     after, across, z_rows, through, dgate, ds, d_bias,
-    T, chunks_per_row, H, rate,
+    T, chunks_per_row, H, heads, rate,
     PACKED: tl.constexpr, FORM: tl.constexpr, RING: tl.constexpr, SINKS: tl.constexpr, OCCUPANCY: tl.constexpr,
     HAS_S: tl.constexpr, HAS_POSITIONS: tl.constexpr, HAS_TURNS: tl.constexpr, PRECISION: tl.constexpr,
     DTYPE: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, C: tl.constexpr,
@@ -192,10 +177,10 @@ def logits_kernel(
     """From the sums of backward.py, tiles [n,H,C,M] but for through [n,H,M], to dgate [B,T,H,M], ds (if s was given)
     and the chunk's part of the gradients of write and keep, d_bias [n,H,2,M]."""
     pid = tl.program_id(0)
-    chunk, h = pid // H, pid % H
+    chunk, h = pid // heads, pid % heads
     row, begin, count = chunk_span(table, chunk, T, chunks_per_row, C, PACKED)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
-    bias_at = pid.to(tl.int64) * (2 * M) + m
+    bias_at = (chunk.to(tl.int64) * H + h) * (2 * M) + m
     if count <= 0:
         if RING:
             tl.store(d_bias + bias_at, tl.zeros([BM], tl.float32))
@@ -212,12 +197,17 @@ def logits_kernel(
     at = pid.to(tl.int64) * M + m
     tile_at = pid.to(tl.int64) * (C * M) + m
     end = tl.load(L + tile_at + (C - 1) * M)
-    after_chunk = tl.exp(end - tl.load(L + tile_at)) * tl.load(through + at)
-    factor = tl.rsqrt(load_tile(in_class, pid, m, C, M))
+    first_token = tl.load(L + tile_at)
+    after_chunk = tl.exp(end - first_token) * tl.load(through + at)
+    begin_of_class = tl.zeros([C, BM], tl.float32) + first_token[None, :]
+    for c in range(1, tl.load(last + pid * (M // BM) + tl.program_id(1)) + 1):
+        anchor = tl.load(anchors + (pid.to(tl.int64) * C + c) * M + m)
+        begin_of_class = tl.where(load_tile(label, pid, m, C, M) == c, anchor[None, :], begin_of_class)
+    column = tl.exp(begin_of_class - load_tile(L, pid, m, C, M))  # `col`
     met_here = load_tile(met, pid, m, C, M)
-    inner_w = met_here * factor * factor
+    inner_w = met_here * column
     # of what rows read of a token after t nothing may be left in the sum at t: so with the rounded weight of `reads`
-    inside = load_tile(rows, pid, m, C, M) - met_here * (weight * factor * factor).to(DTYPE).to(tl.float32)
+    inside = load_tile(rows, pid, m, C, M) - met_here * (column * weight).to(DTYPE).to(tl.float32)
     if OCCUPANCY:
         after_chunk += tl.exp(end) * tl.load(d_occupancy + at) * (tl.load(occupancy + at) - 1.0)
         z = load_tile(z_rows, pid, m, C, M)

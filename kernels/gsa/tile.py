@@ -11,7 +11,7 @@ row is in [0, 1], col in [1, e^SPAN]: nothing overflows, for any gates. Slow gat
 with R slots and S sinks 1 + C / (R - S), and only gates that are hard at every token as many as there are tokens.
 
 Functions that need a chunk's gates take them as one tuple, `gates`: tiles of scratch (gates.py), then the program's
-chunk and head and the chunk's largest class: (decayed, written, later, L, label, anchors, pid, classes).
+chunk and head and the chunk's largest class: (written, later, L, label, anchors, pid, classes).
 
 Shape legend: spec.py; a tile has C tokens (columns) and R = C * GB rows: 8 tokens of the first of GB query heads, the
 same 8 tokens of the next, and so on, so that with two heads a thread's rows r and r + 8 of a tensor core's tile are the
@@ -21,6 +21,9 @@ same token.
 import triton
 import triton.language as tl
 
+from .functions import expm1, log
+
+EMPTY = tl.constexpr(2.0**-100)  # spec.EMPTY
 SPAN = tl.constexpr(32.0)  # a power of two, so that dividing by it is exact; e^32 leaves bfloat16 and float32 room
 
 
@@ -169,10 +172,18 @@ def load_classes(last, pid, BLOCKS: tl.constexpr):
 
 
 @triton.jit
+def decayed(gates, DTYPE: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, GB: tl.constexpr, M: tl.constexpr):
+    """[R,M]: `row` of class 0, of all tokens."""
+    _written, _later, L, _label, _anchors, pid, _classes = gates
+    m = tl.arange(0, M)
+    first_token = tl.load(L + pid.to(tl.int64) * (C * M) + m)[None, :]
+    return to_rows(tl.exp(load_tile(L, pid, m, C, M) - first_token), DTYPE, PRECISION, C, GB)
+
+
+@triton.jit
 def row(gates, c, DTYPE: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, GB: tl.constexpr, M: tl.constexpr):
-    """[R,M]: `row` of the tokens of class c > 0 and later ones, 0 for earlier ones; of class 0 it is the tile
-    decayed."""
-    _decayed, _written, _later, L, label, anchors, pid, _classes = gates
+    """[R,M]: `row` of the tokens of class c > 0 and later ones, 0 for earlier ones."""
+    _written, _later, L, label, anchors, pid, _classes = gates
     m = tl.arange(0, M)
     anchor = tl.load(anchors + (pid.to(tl.int64) * C + c) * M + m)[None, :]
     factor = tl.exp(tl.minimum(load_tile(L, pid, m, C, M) - anchor, 0.0))
@@ -184,7 +195,7 @@ def row(gates, c, DTYPE: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
 def written_in(gates, c, C: tl.constexpr, M: tl.constexpr):
     """[C,M]: `col` times the write weight of the tokens of class c > 0, 0 for all others; of class 0 it is the tile
     written."""
-    _decayed, _written, later, _L, label, _anchors, pid, _classes = gates
+    _written, later, _L, label, _anchors, pid, _classes = gates
     m = tl.arange(0, M)
     here = load_tile(later, pid, m, C, M)
     return tl.where(load_tile(label, pid, m, C, M) == c, here, 0.0).to(here.dtype)
@@ -212,11 +223,11 @@ def reads(x, pairs, state, p, gates, ACROSS: tl.constexpr, C: tl.constexpr, GB: 
 
     If ACROSS also [C,M]: where a token begins a class c > 0, the sum of p [R,M] times what was read, over rows from
     that token on and over what was written before it."""
-    decayed, written, _later, _L, label, _anchors, pid, classes = gates
+    written, _later, _L, label, _anchors, pid, classes = gates
     m = tl.arange(0, M)
     met = tl.dot(x, state, input_precision=PRECISION)
     met = tl.dot(pairs, load_tile(written, pid, m, C, M), met, input_precision=PRECISION)
-    met *= to_rows(load_tile(decayed, pid, m, C, M), x.dtype, PRECISION, C, GB)
+    met *= decayed(gates, x.dtype, PRECISION, C, GB, M)
     total = met
     across = tl.zeros([C, M], tl.float32)
     for c in range(1, classes + 1):
@@ -243,13 +254,13 @@ def columns_met(pairs, x, rounded, SPLIT: tl.constexpr, PRECISION: tl.constexpr)
 @triton.jit
 def weights(p, passed, left, pairs, gates, MET: tl.constexpr, LINEAR: tl.constexpr, C: tl.constexpr, GB: tl.constexpr,
             M: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Slot weights p [R,M] -> token weights [R,C]: sum_m p_i e^{L_i - L_j} w_j for j <= i; passed is p times the tile
-    decayed, left the same in the tiles' type.
+    """Slot weights p [R,M] -> token weights [R,C]: sum_m p_i e^{L_i - L_j} w_j for j <= i; passed is p times
+    `decayed`, left the same in the tiles' type.
 
     If MET also the gradient of what a token wrote, w_j `col_j`, [C,M]: sum_i p_i pairs_ij `row_i`; pairs as of `reads`.
     LINEAR: also in classes after the first it must be fit for a difference; other gates are seldom slow there.
     """
-    _decayed, written, _later, _L, label, _anchors, pid, classes = gates
+    written, _later, _L, label, _anchors, pid, classes = gates
     A = tl.dot(left, tl.trans(load_tile(written, pid, tl.arange(0, M), C, M)), input_precision=PRECISION)
     met = tl.zeros([C, M], tl.float32)
     if MET:
@@ -262,6 +273,23 @@ def weights(p, passed, left, pairs, gates, MET: tl.constexpr, LINEAR: tl.constex
             mine = load_tile(label, pid, tl.arange(0, M), C, M) == c
             met = tl.where(mine, columns_met(pairs, passed, here, LINEAR, PRECISION), met)
     return up_to_own(A, C, GB).to(left.dtype), met
+
+
+@triton.jit
+def inverse_and_log(z):
+    """1 / z and log2 z of an occupancy; 0 and -3e38 for an empty slot, which `read` then gives no weight."""
+    present = z > EMPTY
+    z = tl.where(present, z, 1.0)
+    return tl.where(present, 1.0 / z, 0.0), tl.where(present, log(z) * 1.4426950408889634, -3e38)
+
+
+@triton.jit
+def occupied(occupancy, L, pid, m, C: tl.constexpr, M: tl.constexpr):
+    """Tiles [C,BM]: `inverse_and_log` of the occupancy z after each token, z_0 e^L + (1 - e^L), as every write weight
+    is one minus its decay."""
+    total = load_tile(L, pid, m, C, M)
+    z = tl.load(occupancy + pid.to(tl.int64) * M + m)[None, :] * tl.exp(total) - expm1(total)
+    return inverse_and_log(z)
 
 
 @triton.jit

@@ -40,6 +40,7 @@ INTEGERS = {"label": "*i8", "last": "*i32", "positions": "*i64", "position": "*i
             "turns": "*i32"}  # fmt: skip
 ROWS = {"q", "k", "v", "gate", "do", "o", "dq", "dk", "dv", "dgate"}
 STATES = {"states", "adjoint", "written", "later", "left"}
+STRIDES = ("_b", "_t", "_h", "_g")
 
 
 def build(kernel, flags: dict, rows: str, states: str, arch: int, warps: int) -> dict:
@@ -61,14 +62,14 @@ def build(kernel, flags: dict, rows: str, states: str, arch: int, warps: int) ->
             signature[name] = states
         elif name in ("scale", "rate"):
             signature[name] = "fp32"
-        elif name.islower() and name[-2:] not in ("_b", "_t", "_h") and name != "chunks_per_row" or name == "L":
+        elif name.islower() and name[-2:] not in STRIDES and name not in ("chunks_per_row", "heads") or name == "L":
             signature[name] = INTEGERS.get(name, "*fp32")
         else:
             signature[name] = "i32"
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, (name, x) in enumerate(signature.items())
-        if x[0] == "*" or name[-2:] in ("_b", "_t", "_h") and x == "i32"
+        if x[0] == "*" or name[-2:] in STRIDES and x == "i32"
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps, "num_stages": 1})
@@ -102,13 +103,14 @@ def main(out: str) -> None:
             "HAS_BONUS": gates == "exact", "HAS_TURNS": gates == "exact",
             "HAS_S": False, "HAS_SINK": False, "REVERSE": False, "HAS_BEGIN": False, "HAS_END": False, "SILU": False,
             "PRECISION": "tf32x3" if name == "fp16" else "ieee", "D": dim, "BD": padded, "E": dim, "BE": padded,
-            "M": slots, "BM": min(slots, 32), "BLOCKS": slots // min(slots, 32), "C": tile.chunk, "BACKWARD": True,
-            "G": groups, "GB": tile.heads, "BLOCK": 32,
+            "M": slots, "BM": min(slots, 32), "BLOCKS": slots // min(slots, 32), "C": tile.chunk, "G": groups,
+            "GB": tile.heads, "BLOCK": 32,
             "DTYPE": tl.bfloat16 if name == "bf16" else tl.float32, "BF": 8,
         }  # fmt: skip
         kernels = {
             "gates": (gate_kernels.gates_kernel, 2), "logits": (gate_kernels.logits_kernel, 2),
             "written": (forward.written_kernel, 4), "scan": (forward.scan_kernel, 4),
+            "memory": (forward.memory_kernel, 4 if slots > 32 else 2),
             "output": (forward.output_kernel, tile.warps), "inner": (backward.inner_kernel, tile.warps),
             "outer": (backward.outer_kernel, tile.warps), "step": (decode.step_kernel, step_warps(dim, slots)),
         }  # fmt: skip
@@ -119,6 +121,7 @@ def main(out: str) -> None:
                "tile": tile._asdict(), "kernels": {}}  # fmt: skip
         for part, (kernel, warps) in kernels.items():
             own = {name: x for name, x in flags.items() if name != "G" or part != "output"}
+            own |= {"turns": {"BM": max(slots, 32)}, "memory": {"BF": 64}}.get(part, {})
             row["kernels"][part] = used = build(kernel, own, f"*{name}", states, arch, warps)
             if used["shared"] > SHARED[arch]:
                 failed.append((arch, dim, slots, name, gates, part, used["shared"]))
