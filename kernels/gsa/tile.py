@@ -233,7 +233,7 @@ def reads(x, pairs, state, p, gates, ACROSS: tl.constexpr, C: tl.constexpr, GB: 
     for c in range(1, classes + 1):
         if ACROSS:
             later = row_token(C, GB)[None, :] >= tl.arange(0, C)[:, None]
-            crossed = sum_tokens(later, p * met, False, x.dtype, PRECISION)
+            crossed = sum_tokens(later, p * met, True, x.dtype, PRECISION)
             across += tl.where(load_tile(label, pid, m, C, M) >= c, crossed, 0.0)
         met = tl.dot(pairs, written_in(gates, c, C, M), input_precision=PRECISION)
         met *= row(gates, c, x.dtype, PRECISION, C, GB, M)
