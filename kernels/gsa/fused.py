@@ -283,6 +283,8 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, q_sink: Tensor | None, gate: Tensor
     """Inputs as the kernels read them: after the feature map (inside, each consumer of a tile would compute it anew),
     channels contiguous, q and q_sink with the same strides, gates contiguous."""
     rows = [torch.nn.functional.silu(x) if silu and x is not None else x for x in (q, k, v, q_sink)]
+    if k.dtype != v.dtype:  # one kernel reads either
+        rows[1:3] = (x.to(torch.promote_types(k.dtype, v.dtype)) for x in rows[1:3])
     rows = [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in rows]
     if q_sink is not None and rows[3].stride() != rows[0].stride():
         rows[0], rows[3] = rows[0].contiguous(), rows[3].contiguous()

@@ -233,7 +233,8 @@ def reads(x, pairs, state, p, gates, ACROSS: tl.constexpr, C: tl.constexpr, GB: 
     for c in range(1, classes + 1):
         if ACROSS:
             later = row_token(C, GB)[None, :] >= tl.arange(0, C)[:, None]
-            crossed = sum_tokens(later, p * met, False, x.dtype, PRECISION)
+            # two terms where few slots leave room for them; with 64 they cost registers (470 spills in place of 291)
+            crossed = sum_tokens(later, p * met, M <= 32, x.dtype, PRECISION)
             across += tl.where(load_tile(label, pid, m, C, M) >= c, crossed, 0.0)
         met = tl.dot(pairs, written_in(gates, c, C, M), input_precision=PRECISION)
         met *= row(gates, c, x.dtype, PRECISION, C, GB, M)
