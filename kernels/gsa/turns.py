@@ -69,7 +69,8 @@ def turns_kernel(
     kept = tl.ceil(tl.load(recent + h).to(tl.float32)).to(tl.int32)
     # position from which on the slot's token may go: an empty slot at once, a sink and a slot off the ring never
     due = tl.where(rank == float("-inf"), -0x80000000, stamp + kept)
-    due = tl.where((m >= SINKS) & (m < RING), due, 0x7FFFFFFF)
+    evicted = (m >= SINKS) & (m < RING)
+    due = tl.where(evicted, due, 0x7FFFFFFF)
     key = ordered(rank)
     position, made = load_tokens(bonus, positions, begin + i, end, h, H)
     for t in range(begin, end, BLOCK):
@@ -82,7 +83,7 @@ def turns_kernel(
             slot = tl.min(tl.where(free == tl.min(free, axis=0), m, BM), axis=0)
             slot = tl.where(here < SINKS, here, slot)  # -1 for padding: no slot
             key = tl.where(m == slot, new, key)
-            due = tl.where(m == slot, tl.where(here < SINKS, 0x7FFFFFFF, here + kept), due)
+            due = tl.where((m == slot) & evicted, here + kept, due)
             stamp = tl.where(m == slot, here, stamp)
             taken = tl.where(i == j, slot, taken)
             here, new = next_here, next_new
