@@ -76,7 +76,8 @@ def assert_same(actual: dict, expected: dict, tolerance: float):
     errors = {}
     for name, want in expected.items():
         # the rank of an empty slot is -inf, of which there is no difference
-        have, want = (torch.where(torch.isneginf(x), -100.0, x.cpu().double()) for x in (actual[name], want))
+        have, want = (x.cpu().double() for x in (actual[name], want))
+        have, want = (torch.where(torch.isneginf(x), -100.0, x) for x in (have, want))
         norm = want.norm()
         error = ((have - want).norm() / (norm if norm > 1e-6 else 1.0)).item()
         errors[name] = error if torch.isfinite(have).all() else torch.inf  # NaN would have no place in an order

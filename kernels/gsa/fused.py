@@ -106,8 +106,9 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, occupancy: bool, s: T
 
 
 # Backward runs over parts of the rows or heads so that its scratch stays below SCRATCH bytes, but not below PROGRAMS
-# chunks and heads a part: with one program a multiprocessor these are eight waves on the largest GPUs.
-SCRATCH = 180 * 2**20
+# chunks and heads, which fill a GPU for several waves. Launching a part takes the host 1 to 1.5 ms, so parts must be
+# large: 180 MiB keep a step of 16,384 tokens within 0.9 GiB, and make it half as fast (docs/results/kernels/h200.json).
+SCRATCH = 768 * 2**20
 PROGRAMS = 1024
 
 
