@@ -1,0 +1,18 @@
+# Source me on the GPU machine, from the repository's root, once all pieces of pack.sh lie in /root/parts:
+#
+#     mkdir -p /root/parts; cp CARRIED/part.* /root/parts      in a call for each piece, none 30 s after the one before
+#     source docs/results/gpu/unpack.sh                         again in every later call
+#
+# Afterwards: packages in /tmp/site, the code in /root/repo, the original in /root/teacher (being made for a minute),
+# benchmarks in /root/data/eval, text in /root/data/corpus.
+if [ ! -d /root/repo ]; then
+    mkdir -p /root/unpacked /tmp/site /root/log
+    cat /root/parts/part.* | tar -x -C /root/unpacked
+    tar -xzf /root/unpacked/site.tgz -C /tmp
+    mv /root/unpacked/data /root/data && tar -xzf /root/data/eval.tgz -C /root/data
+    cp -r . /root/repo
+    (setsid nohup env PYTHONPATH=/root/repo:/tmp/site python3 docs/results/gpu/teacher.py >/root/log/teacher.log 2>&1 &)
+fi
+export PYTHONPATH=/root/repo:/tmp/site HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 PYTHONUNBUFFERED=1 TQDM_DISABLE=1
+export MPLCONFIGDIR=/tmp/mpl
+cd /root/repo
