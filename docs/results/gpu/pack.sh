@@ -11,7 +11,7 @@ data=$1 out=$2 work=$(mktemp -d)
 cd "$(dirname "$0")" && mkdir -p "$out" "$work/wheels" "$work/payload/model" "$work/payload/data/corpus"
 binary="datasets dill einops evaluate gguf lm_eval==0.4.13 more_itertools msgpack multiprocess nltk omegaconf
  pathvalidate py-cpuinfo pydantic==2.14.4 pydantic-core==2.50.5 annotated-types typing-inspection pytablewriter dataproperty
- mbstrdecoder tabledata tcolorpy typepy pytz xxhash zstandard chardet defusedxml"
+ mbstrdecoder tabledata tcolorpy typepy==1.3.5 pytz xxhash zstandard chardet==6.0.0.post1 defusedxml"
 platforms=$(printf -- ' --platform %s_x86_64' manylinux_2_28 manylinux_2_27 manylinux_2_17 manylinux2014 manylinux1)
 for name in $binary; do
     # shellcheck disable=SC2086
