@@ -107,7 +107,7 @@ def test_parts_of_the_backward_pass(packed, monkeypatch):
     mine, moved, _, _ = inputs(EVICTING, **shape)
     whole = results(mine, moved, EVICTING, "triton", **kwargs)
     monkeypatch.setattr(fused, "SCRATCH", 0)
-    chunks = fused.triton.cdiv(34, fused.tile_for(64, 16, 2, torch.float32).chunk) if not packed else 34 // 16 + 3
+    chunks = fused.cdiv(34, fused.tile_for(64, 16, 2, torch.float32).chunk) if not packed else 34 // 16 + 3
     for room, count in ((chunks, 2 if packed else 4), (2 * chunks, 1 if packed else 2)):
         monkeypatch.setattr(fused, "PROGRAMS", room)
         assert len(fused.parts(shape["B"], 2, chunks, 1)) == count

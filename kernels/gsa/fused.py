@@ -11,7 +11,6 @@ import math
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -62,20 +61,30 @@ TILES = [
 INTERPRETED = 227_000  # the interpreter has no limit: the tiles of a Hopper GPU
 
 
+@functools.cache
 def tile_for(dim: int, slots: int, groups: int, dtype: torch.dtype, shared: int = INTERPRETED) -> Tile | None:
     """The tile for the larger head dim, slots, query heads per kv head, type, and shared memory of a block in bytes;
     None if there is none."""
     size = 2 if dtype == torch.bfloat16 else 4  # float16 is computed in float32: decays leave its range
     for row in TILES:
         if shared >= row.shared and size <= row.size and dim <= row.dim and slots <= row.slots:
-            heads = min(triton.next_power_of_2(groups), row.rows // row.chunk)
+            heads = min(padded(groups), row.rows // row.chunk)
             return Tile(row.chunk, heads, row.warps or max(4, row.chunk * heads // 16))
     return None
 
 
 def step_warps(dim: int, slots: int) -> int:
     """Warps of the decode kernel: 32 numbers of each memory a thread."""
-    return min(32, max(4, slots * triton.next_power_of_2(dim) // 1024))
+    return min(32, max(4, slots * padded(dim) // 1024))
+
+
+def padded(n: int) -> int:
+    """The power of two from n on: triton.next_power_of_2 takes microseconds, as triton.cdiv does."""
+    return 1 << (n - 1).bit_length()
+
+
+def cdiv(n: int, size: int) -> int:
+    return -(-n // size)
 
 
 @functools.cache
@@ -135,7 +144,7 @@ def parts(rows: int, heads: int, chunks: int, size: int) -> list[Part]:
 
 def even(n: int, most: int) -> int:
     """Size of the parts if n are to be in as few as possible, none larger than `most` (or than 1)."""
-    return triton.cdiv(n, triton.cdiv(n, max(most, 1)))
+    return cdiv(n, cdiv(n, max(most, 1)))
 
 
 # axes of the rows and of the heads of the tensors that a part is cut out of; others belong to all parts
@@ -162,20 +171,20 @@ class Launch:
         self.device, self.shape = q.device, (H, M, D, E)
         # here, not before the operator: of all layers that torch.compile has made, too, one works it out
         table, self.bounds = (None, None) if cu_seqlens is None else remembered(chunk_table, cu_seqlens, T, C)
-        self.chunks = triton.cdiv(T, C) if table is None else table.shape[0]  # of a row
+        self.chunks = cdiv(T, C) if table is None else table.shape[0]  # of a row
         self.documents = document_count(B, cu_seqlens)
         self.dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
         self.whole = {
             "q": q, "q_sink": q_sink, "k": k, "v": v, "gate": gate, "s": s, "write": write, "keep": keep,
             "turns": turns, "positions": positions, "table": table, "bounds": self.bounds, "T": T,
-            "chunks_per_row": triton.cdiv(T, C), "H": H, "G": HQ // H, "scale": scale, "rate": 1.0 / damping,
+            "chunks_per_row": cdiv(T, C), "H": H, "G": HQ // H, "scale": scale, "rate": 1.0 / damping,
             **strides("q", q), **strides("k", k), **strides("v", v),
             "FORM": form, "LINEAR": form == "linear", "RING": ring, "SINKS": sinks, "OCCUPANCY": normalised,
             "PACKED": table is not None, "HAS_POSITIONS": positions is not None, "HAS_TURNS": turns is not None,
             "HAS_S": s is not None,
             "HAS_SINK": q_sink is not None, "PRECISION": "tf32x3" if q.dtype == torch.float16 else "ieee",
             "DTYPE": tl.bfloat16 if self.dtype == torch.bfloat16 else tl.float32,
-            "D": D, "BD": triton.next_power_of_2(D), "E": E, "BE": triton.next_power_of_2(E), "M": M, "BM": self.slots,
+            "D": D, "BD": padded(D), "E": E, "BE": padded(E), "M": M, "BM": self.slots,
             "BLOCKS": M // self.slots, "C": C, "GB": self.tile.heads,
         }  # fmt: skip
         tiles = {name: ((C, M), torch.float32) for name in ("L", "anchors")}
@@ -253,7 +262,7 @@ class Launch:
         """`forward.scan_kernel` over every document; begin and end: (keys, values, occupancy) or None."""
         H, M, D, E = self.shape
         features = 8
-        forward.scan_kernel[(self.part_documents() * self.part.heads, triton.cdiv(D + E, features))](
+        forward.scan_kernel[(self.part_documents() * self.part.heads, cdiv(D + E, features))](
             states, self.args["L"], occupancy, *(self.cut(begin) or (None,) * 3), *(self.cut(end) or (None,) * 3),
             self.bounds, self.args["chunks_per_row"], H, self.part.heads, PACKED=self.bounds is not None,
             REVERSE=reverse, OCCUPANCY=occupancy is not None, HAS_BEGIN=begin is not None, HAS_END=end is not None,
@@ -307,7 +316,7 @@ def gsa_forward(
     end = launch.state() if final else None
     launch.write(None if keys is None else (keys, values, occupancy), end)
     launch.args["o"] = o = torch.empty(*q.shape[:3], v.shape[-1], device=q.device, dtype=v.dtype)
-    tiles = triton.cdiv(q.shape[2] // k.shape[2], launch.tile.heads)
+    tiles = cdiv(q.shape[2] // k.shape[2], launch.tile.heads)
     launch.run(forward.output_kernel, launch.tile.warps, tiles)
     return o, *(end or [q.new_empty(0, dtype=torch.float32) for _ in range(3)])
 
@@ -424,8 +433,8 @@ def gsa_step(
         q, q_sink, k, v, gate, s, write, keep, bonus, recent, positions, keys, values, occupancy, position, rank, stamp,
         o, H, scale, 1.0 / damping, q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2),
         FORM=form, RING=ring, SINKS=sinks, OCCUPANCY=normalised, SILU=silu, HAS_S=s is not None,
-        HAS_SINK=q_sink is not None, HAS_BONUS=bonus is not None, D=D, BD=triton.next_power_of_2(D), E=E,
-        BE=triton.next_power_of_2(E), M=M, G=HQ // H, num_warps=warps,
+        HAS_SINK=q_sink is not None, HAS_BONUS=bonus is not None, D=D, BD=padded(D), E=E,
+        BE=padded(E), M=M, G=HQ // H, num_warps=warps,
         maxnreg=128 if warps <= 8 else None,  # so that two programs fit on a multiprocessor: one reads, one computes
     )  # fmt: skip
     return o
