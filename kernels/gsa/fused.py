@@ -6,7 +6,6 @@ Being operators, they go through torch.compile(fullgraph=True) and activation ch
 Shape legend: spec.py, tile.py.
 """
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -17,83 +16,12 @@ from torch import Tensor
 from . import backward, decode, forward, gates
 from .documents import chunk_table, document_count, remembered
 from .spec import GSASpec, SlotState
+from .tiles import cdiv, padded, shared_memory, step_warps, tile_for
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 SLOTS = (16, 32, 64, 128, 256)
 GROUPS = range(1, 9)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-class Tile(NamedTuple):
-    """chunk: tokens of a chunk (C); heads: query heads of a tile (GB); warps of the kernels that have query rows."""
-
-    chunk: int
-    heads: int
-    warps: int
-
-
-class Row(NamedTuple):
-    """shared: bytes of shared memory that a block must be given; size: of an element; dim, slots: the largest; chunk;
-    rows: the most of a tile; warps, if not one for 16 rows and at least 4."""
-
-    shared: int
-    size: int
-    dim: int
-    slots: int
-    chunk: int
-    rows: int
-    warps: int | None = None
-
-
-# The first row that fits is taken. Times and errors: docs/results/kernels/.
-TILES = [
-    Row(90_000, 2, 128, 32, chunk=32, rows=32, warps=2),
-    Row(200_000, 2, 128, 64, chunk=32, rows=128),
-    Row(160_000, 2, 256, 64, chunk=32, rows=32, warps=8),
-    Row(200_000, 2, 128, 128, chunk=32, rows=128, warps=8),
-    Row(160_000, 2, 128, 128, chunk=32, rows=32, warps=8),
-    Row(200_000, 2, 256, 256, chunk=16, rows=32, warps=8),
-    Row(90_000, 2, 128, 64, chunk=32, rows=32, warps=4),
-    Row(90_000, 4, 128, 64, chunk=16, rows=16, warps=8),
-    Row(200_000, 4, 256, 128, chunk=16, rows=16, warps=8),
-    Row(200_000, 4, 128, 256, chunk=16, rows=16, warps=8),  # 256 by 256 in float32 is more than any GPU's block has
-]
-INTERPRETED = 227_000  # the interpreter has no limit: the tiles of a Hopper GPU
-
-
-@functools.cache
-def tile_for(dim: int, slots: int, groups: int, dtype: torch.dtype, shared: int = INTERPRETED) -> Tile | None:
-    """The tile for the larger head dim, slots, query heads per kv head, type, and shared memory of a block in bytes;
-    None if there is none."""
-    size = 2 if dtype == torch.bfloat16 else 4  # float16 is computed in float32: decays leave its range
-    for row in TILES:
-        if shared >= row.shared and size <= row.size and dim <= row.dim and slots <= row.slots:
-            heads = min(padded(groups), row.rows // row.chunk)
-            return Tile(row.chunk, heads, row.warps or max(4, row.chunk * heads // 16))
-    return None
-
-
-def step_warps(dim: int, slots: int) -> int:
-    """Warps of the decode kernel: 32 numbers of each memory a thread."""
-    return min(32, max(4, slots * padded(dim) // 1024))
-
-
-def padded(n: int) -> int:
-    """The power of two from n on: triton.next_power_of_2 takes microseconds, as triton.cdiv does."""
-    return 1 << (n - 1).bit_length()
-
-
-def cdiv(n: int, size: int) -> int:
-    return -(-n // size)
-
-
-@functools.cache
-def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a block of threads may have."""
-    if device.type != "cuda":
-        return INTERPRETED
-    properties = torch.cuda.get_device_properties(device)
-    return getattr(properties, "shared_memory_per_block_optin", 0)  # unknown: no tile is safe, PyTorch's form runs
 
 
 def refusal(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, occupancy: bool, s: Tensor | None) -> str | None:

@@ -1,4 +1,4 @@
-"""The packed GGUF file in /root/unpacked/model -> /root/teacher, a plain folder in float32, which loads in two seconds."""
+"""The packed GGUF in /root/unpacked/model -> /root/teacher, a plain folder in float32 that loads in two seconds."""
 
 from pathlib import Path
 

@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 
 from t2r.kernels.gsa import backward, decode, forward, turns
 from t2r.kernels.gsa import gates as gate_kernels
-from t2r.kernels.gsa.fused import step_warps, tile_for
+from t2r.kernels.gsa.tiles import step_warps, tile_for
 
 SHARED = {90: 232_448, 80: 166_912, 89: 101_376}  # bytes a block may have
 # head dim, slots, query heads per kv head, type: the largest of each row, and the shapes of the benchmark

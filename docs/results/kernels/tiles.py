@@ -1,4 +1,4 @@
-"""Time candidate tiles kernel by kernel on a GPU: what fills fused.TILES.
+"""Time candidate tiles kernel by kernel on a GPU: what fills TILES of tiles.py.
 
     python docs/results/kernels/tiles.py OUT.json [PROCESSES]
 
