@@ -222,9 +222,9 @@ VERBS = {
     ),
     "slots": Verb(
         "measure how many slots each layer needs",
-        "Cuts the attention of the source to windows, layer by layer, and measures what each costs. Prints numbers of "
-        "slots that keep more of the model than as many in each layer would, for the same memory. Takes seconds on a "
-        "GPU; for SmolLM2-135M a quarter of an hour on two CPU cores.",
+        "Cuts the attention of the source to windows (with --eviction score to the tokens worth most), layer by layer, "
+        "and measures what each costs. Prints numbers of slots that keep more of the model than as many in each layer "
+        "would, for the same memory. Takes seconds on a GPU; for SmolLM2-135M a quarter of an hour on two CPU cores.",
         "t2r slots HuggingFaceTB/SmolLM2-135M-Instruct --slots 64",
         _slots,
         "t2r.convert.allocate:slots",
