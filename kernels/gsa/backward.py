@@ -70,7 +70,7 @@ def inner_kernel(
         again = g0 > 0
         live = row_mask(count, G - g0, C, GB)
         K0 = load_state(states, first, 0, D, BD, M)
-        if BE * M < 256 * 256:  # beside the keys' tile there is no room for one that large
+        if BE * M * DTYPE.primitive_bitwidth < 256 * 256 * 16:  # else no room beside the keys'
             V0 = load_state(states, first, D, E, BE, M)  # asked for here, needed later
         z = load_rows(v, batch * v_b + begin * v_t + h * v_h, v_t, 0, columns, C, 1, E, BE).to(DTYPE)
         y = load_rows(k, batch * k_b + begin * k_t + h * k_h, k_t, 0, columns, C, 1, D, BD).to(DTYPE)
@@ -94,7 +94,7 @@ def inner_kernel(
         else:
             p = read(logits, 1.0, 0.0, scale)
 
-        if BE * M >= 256 * 256:
+        if BE * M * DTYPE.primitive_bitwidth >= 256 * 256 * 16:
             V0 = load_state(states, first, D, E, BE, M)
         # at padding dO counts as zero: with it everything that padding could receive is zero
         xo = load_rows(

@@ -231,7 +231,8 @@ def output_kernel(
     first = pid.to(tl.int64) * ((D + E) * M)
     y = load_rows(k, row * k_b + begin * k_t + h * k_h, k_t, 0, columns, C, 1, D, BD).to(DTYPE)
     K0 = load_state(states, first, 0, D, BD, M)
-    V0 = load_state(states, first, D, E, BE, M)  # asked for here, needed later
+    if BE * M * DTYPE.primitive_bitwidth < 256 * 256 * 16:  # else no room beside the keys'
+        V0 = load_state(states, first, D, E, BE, M)  # asked for here, needed later
     z = load_rows(v, row * v_b + begin * v_t + h * v_h, v_t, 0, columns, C, 1, E, BE).to(DTYPE)
     q_first = row * q_b + begin * q_t + (h * G + g0) * q_h
     x = load_rows(q, q_first, q_t, q_h, rows, C, GB, D, BD).to(DTYPE)
@@ -252,6 +253,8 @@ def output_kernel(
     passed = p * decayed(gates, DTYPE, PRECISION, C, GB, M)
     left = passed.to(DTYPE)
     A, _met = weights(p, passed, left, pairs, gates, False, False, C, GB, M, PRECISION)
+    if BE * M * DTYPE.primitive_bitwidth >= 256 * 256 * 16:
+        V0 = load_state(states, first, D, E, BE, M)
     out = tl.dot(left, tl.trans(V0), input_precision=PRECISION)
     out = tl.dot(A, z, out, input_precision=PRECISION)
     if HAS_POSITIONS:
