@@ -20,10 +20,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from t2r.convert.checks import gsa_mixers, hooked, ring_window
-from t2r.convert.evict import TEXTS, blocks, fit_mixers, next_turn
+from t2r.convert.evict import TEXTS, blocks, fit_mixers, next_turn, score_texts
 from t2r.convert.source import open_source
 from t2r.convert.verify import load_source
-from t2r.data.sources import LOOKUPS
 from t2r.errors import UserError
 from t2r.evaluate.models import pick_device
 from t2r.families import family_of
@@ -227,8 +226,7 @@ def slots(
     family_of(opened.config.model_type, where=opened.path)
     tokenizer = opened.load_tokenizer()
     if eviction == "score":
-        more = [*text, *(LOOKUPS + spec for spec in text)]
-        both = blocks(tokenizer, more, texts + TEXTS, context)
+        both = score_texts(tokenizer, text, texts + TEXTS, context)
         ids, fit_ids = both[:texts], both[texts:]
         if not len(fit_ids):
             what = f"the text has {len(both)} documents of {context} tokens, and none is left to fit scores to"

@@ -51,7 +51,9 @@ def fit_scores(source: Source, gsa: dict[int, GSAConfig], text: Sequence[str]) -
     text: as DataConfig.train; every second of its documents is read with lookups. On a GPU if there is one and the
     memory to load the source, else a layer at a time. Raises UserError where no text is long enough.
     """
-    ids = score_texts(source, text)
+    context = min(CONTEXT, trained_context(source.config))
+    otherwise = "--eviction-text shipped:train"
+    ids = score_texts(source.load_tokenizer(), text, TEXTS, context, otherwise=otherwise)
     size = torch.bfloat16.itemsize * sum(torch.Size(source.shape(name)).numel() for name in source.names())
     ram = available_ram()
     if torch.cuda.is_available() and 2 * size < torch.cuda.mem_get_info()[0] and (ram is None or 2 * size < ram):
@@ -63,11 +65,9 @@ def fit_scores(source: Source, gsa: dict[int, GSAConfig], text: Sequence[str]) -
     return {f"model.{path.format(i)}.{name}": x for i, (one,) in fitted.items() for name, x in one.items()}
 
 
-def score_texts(source: Source, text: Sequence[str], texts: int = TEXTS) -> Tensor:
-    """ids [N,T] of `texts` texts or fewer, half of them with lookups."""
-    specs = [*text, *(LOOKUPS + spec for spec in text)]
-    context = min(CONTEXT, trained_context(source.config))
-    return blocks(source.load_tokenizer(), specs, texts, context, otherwise="--eviction-text shipped:train")
+def score_texts(tokenizer, text: Sequence[str], texts: int, context: int, **options) -> Tensor:
+    """`blocks` of the text, of which half have lookups."""
+    return blocks(tokenizer, [*text, *(LOOKUPS + spec for spec in text)], texts, context, **options)
 
 
 @torch.inference_mode()
@@ -195,7 +195,7 @@ def log_mean(x: Tensor, y: Tensor) -> Tensor:
     whitening = torch.linalg.inv(torch.linalg.cholesky(square)).mT * len(x) ** 0.5  # [W,W]
     white = x @ whitening
     with torch.inference_mode(False), torch.enable_grad():
-        white, whitening, y = white.clone(), whitening.clone(), y.clone()
+        white, whitening, y = white.clone(), whitening.clone(), y.clone()  # autograd takes no inference tensors
         u = torch.zeros(x.shape[1], y.shape[1], dtype=x.dtype, device=x.device, requires_grad=True)
         b = torch.zeros(y.shape[1], dtype=x.dtype, device=x.device, requires_grad=True)
         solver = torch.optim.LBFGS([u, b], max_iter=STEPS, history_size=20, line_search_fn="strong_wolfe")
