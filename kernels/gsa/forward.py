@@ -41,6 +41,17 @@ from .tile import (
 
 
 @triton.jit
+def load_memory(keys, values, occupancy, at, is_key, is_value, counted, z, OCCUPANCY: tl.constexpr):
+    """Features [BF,M] of a document's memory, keys and values [BF,M] pointing to them where is_key and is_value; and
+    its occupancy `at` [M], where counted, or z."""
+    memory = tl.load(keys, mask=is_key, other=0.0).to(tl.float32)
+    memory += tl.load(values, mask=is_value, other=0.0).to(tl.float32)
+    if OCCUPANCY:
+        z = tl.load(occupancy + at, mask=counted, other=0.0).to(tl.float32)
+    return memory, z
+
+
+@triton.jit
 def load_step(x, stride, left, L, at, token, tokens, f, size, m, more, C: tl.constexpr, M: tl.constexpr):
     """What a step of memory_kernel reads: features [C,BF], weights [C,M], L at the first and last token [M]."""
     t = tl.arange(0, C)
@@ -93,10 +104,10 @@ def memory_kernel(
     carry = tl.zeros([BF, M], tl.float32)
     z = tl.zeros([M], tl.float32)
     if HAS_BEGIN:
-        carry += tl.load(begin_keys + key_at, mask=is_key, other=0.0).to(tl.float32)
-        carry += tl.load(begin_values + value_at, mask=is_value, other=0.0).to(tl.float32)
-        if OCCUPANCY:
-            z += tl.load(begin_occupancy + (n * H + h) * M + m, mask=counted, other=0.0).to(tl.float32)
+        carry, z = load_memory(
+            begin_keys + key_at, begin_values + value_at, begin_occupancy, (n * H + h) * M + m, is_key, is_value,
+            counted, z, OCCUPANCY,
+        )  # fmt: skip
     at = start * heads + h
     here = load_step(x, stride, left, L, at, 0, tokens, f, size, m, chunks > 0, C, M)
     after = load_step(x, stride, left, L, at + heads, C, tokens, f, size, m, chunks > 1, C, M)
@@ -176,10 +187,10 @@ def scan_kernel(
     carry = tl.zeros([BF, M], tl.float32)
     z = tl.zeros([M], tl.float32)
     if HAS_BEGIN:
-        carry += tl.load(begin_keys + key_at, mask=is_key, other=0.0).to(tl.float32)
-        carry += tl.load(begin_values + value_at, mask=is_value, other=0.0).to(tl.float32)
-        if OCCUPANCY:
-            z += tl.load(begin_occupancy + (n * H + h) * M + m, mask=counted, other=0.0).to(tl.float32)
+        carry, z = load_memory(
+            begin_keys + key_at, begin_values + value_at, begin_occupancy, (n * H + h) * M + m, is_key, is_value,
+            counted, z, OCCUPANCY,
+        )  # fmt: skip
     for i in tl.range(0, chunks, num_stages=8):
         chunk = first + (chunks - 1 - i if REVERSE else i)
         at = chunk * heads + h
