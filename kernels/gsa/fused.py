@@ -6,6 +6,7 @@ Being operators, they go through torch.compile(fullgraph=True) and activation ch
 Shape legend: spec.py, tile.py.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from . import backward, decode, forward, gates
 from .documents import chunk_table, document_count, remembered
+from .launcher import Arguments
 from .spec import GSASpec, SlotState
 from .tiles import cdiv, padded, shared_memory, step_warps, tile_for
 
@@ -75,50 +77,57 @@ def even(n: int, most: int) -> int:
     return cdiv(n, cdiv(n, max(most, 1)))
 
 
+MEMORY = ("keys", "values", "occupancy")
+SIDES = [f"{side}_{part}" for side in ("begin", "end", "reverse_begin", "reverse_end") for part in MEMORY]
 # axes of the rows and of the heads of the tensors that a part is cut out of; others belong to all parts
 AXES = {
     **dict.fromkeys(("q", "q_sink", "k", "v", "gate", "s", "turns", "do", "o"), (0, 2)),
     **dict.fromkeys(("dq", "dk", "dv", "dgate", "ds", "dq_sink", "dlogits"), (0, 2)),
-    "positions": (0, None), "write": (None, 0), "keep": (None, 0), "d_bias": (0, 1),
+    "positions": (0, None), "write": (None, 0), "keep": (None, 0), "d_bias": (0, 1), **dict.fromkeys(SIDES, (0, 1)),
 }  # fmt: skip
-SIDES = tuple(f"{side}_{part}" for side in ("begin", "end") for part in ("keys", "values", "occupancy"))
+# what the scan's arguments are called in a Launch, and in reverse
+SCAN = {"BF": "SCANNED"}
+REVERSE = SCAN | {"states": "adjoint", "occupancy": "d_occupancy", "REVERSE": "YES"}
+REVERSE |= {name.removeprefix("reverse_"): name for name in (*SIDES[6:], "reverse_HAS_BEGIN", "reverse_HAS_END")}
 # Under so many programs and over so many chunks memory_kernel takes longer than the two kernels whose traffic it saves.
 FEW, LONG = 96, 64
 Memory = tuple[Tensor, Tensor, Tensor]  # keys [N,H,M,D], values [N,H,M,E], occupancy [N,H,M]
 
 
-class Launch:
+class Launch(Arguments):
     """Tile, scratch and the arguments that the kernels of one call share, by the kernels' names for them."""
 
     def __init__(self, q, k, v, q_sink, gate, s, write, keep, turns, positions, cu_seqlens, form, damping, ring,
                  sinks, normalised, scale, backward=False):  # fmt: skip
+        super().__init__(q.device)
         B, T, HQ, D = q.shape
         H, M, E = k.shape[2], gate.shape[-1], v.shape[-1]
         self.tile = tile_for(max(D, E), M, HQ // H, q.dtype, shared_memory(q.device))
-        C, self.slots = self.tile.chunk, min(M, 32)
-        self.device, self.shape = q.device, (H, M, D, E)
+        C, slots = self.tile.chunk, min(M, 32)
+        self.shape = H, M, D, E
         # here, not before the operator: of all layers that torch.compile has made, too, one works it out
-        table, self.bounds = (None, None) if cu_seqlens is None else remembered(chunk_table, cu_seqlens, T, C)
+        table, bounds = (None, None) if cu_seqlens is None else remembered(chunk_table, cu_seqlens, T, C)
         self.chunks = cdiv(T, C) if table is None else table.shape[0]  # of a row
-        self.documents = document_count(B, cu_seqlens)
-        self.dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
-        self.whole = {
-            "q": q, "q_sink": q_sink, "k": k, "v": v, "gate": gate, "s": s, "write": write, "keep": keep,
-            "turns": turns, "positions": positions, "table": table, "bounds": self.bounds, "T": T,
-            "chunks_per_row": cdiv(T, C), "H": H, "G": HQ // H, "scale": scale, "rate": 1.0 / damping,
-            **strides("q", q), **strides("k", k), **strides("v", v),
-            "FORM": form, "LINEAR": form == "linear", "RING": ring, "SINKS": sinks, "OCCUPANCY": normalised,
-            "PACKED": table is not None, "HAS_POSITIONS": positions is not None, "HAS_TURNS": turns is not None,
-            "HAS_S": s is not None,
-            "HAS_SINK": q_sink is not None, "PRECISION": "tf32x3" if q.dtype == torch.float16 else "ieee",
-            "DTYPE": tl.bfloat16 if self.dtype == torch.bfloat16 else tl.float32,
-            "D": D, "BD": padded(D), "E": E, "BE": padded(E), "M": M, "BM": self.slots,
-            "BLOCKS": M // self.slots, "C": C, "GB": self.tile.heads,
-        }  # fmt: skip
+        self.packed, self.documents = table is not None, document_count(B, cu_seqlens)
+        dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
+        self.add(
+            {"q": q, "q_sink": q_sink, "k": k, "v": v, "gate": gate, "s": s, "write": write, "keep": keep,
+             "turns": turns, "positions": positions, "table": table, "bounds": bounds},
+            {"T": T, "chunks_per_row": cdiv(T, C), "H": H, "heads": H, "scale": scale, "rate": 1.0 / damping,
+             **strides("q", q), **strides("k", k), **strides("v", v)},
+            {"FORM": form, "LINEAR": form == "linear", "RING": ring, "SINKS": sinks, "OCCUPANCY": normalised,
+             "PACKED": self.packed, "HAS_POSITIONS": positions is not None, "HAS_TURNS": turns is not None,
+             "HAS_S": s is not None, "HAS_SINK": q_sink is not None,
+             "PRECISION": "tf32x3" if q.dtype == torch.float16 else "ieee",
+             "DTYPE": tl.bfloat16 if dtype == torch.bfloat16 else tl.float32,
+             "D": D, "BD": padded(D), "E": E, "BE": padded(E), "M": M, "BM": slots,
+             "BLOCKS": M // slots, "C": C, "G": HQ // H, "GB": self.tile.heads, "BF": math.gcd(D, E, 64), "SCANNED": 8,
+             "REVERSE": False, "YES": True},
+        )  # fmt: skip
         tiles = {name: ((C, M), torch.float32) for name in ("L", "anchors")}
-        tiles |= {name: ((C, M), self.dtype) for name in ("written", "later", "left")}
-        tiles |= {"label": ((C, M), torch.int8), "last": ((M // self.slots,), torch.int32)}
-        tiles |= {"states": ((D + E, M), self.dtype), "occupancy": ((M,), torch.float32) if normalised else None}
+        tiles |= {name: ((C, M), dtype) for name in ("written", "later", "left")}
+        tiles |= {"label": ((C, M), torch.int8), "last": ((M // slots,), torch.int32)}
+        tiles |= {"states": ((D + E, M), dtype), "occupancy": ((M,), torch.float32) if normalised else None}
         if backward:
             tiles |= {name: ((C, M), torch.float32) for name in ("w", "own", "rows", "met", "after")}
             tiles |= {name: ((C, M), torch.float32) if normalised else None for name in ("inverse", "log_z", "z_rows")}
@@ -129,49 +138,87 @@ class Launch:
         size += 4 * C * (HQ // H) * M * self.apart
         self.parts = parts(B, H, self.chunks, size) if backward else [Part(0, B, 0, H)]
         n, heads = self.chunks * self.parts[0].rows, self.parts[0].heads
-        self.args = {
-            name: tile if tile is None else torch.empty(n, heads, *tile[0], device=self.device, dtype=tile[1])
-            for name, tile in tiles.items()
-        }
-        self.args.setdefault("w", self.args["anchors"])
-        self.begin(self.parts[0])
-
-    def add(self, **tensors: Tensor | None) -> None:
-        """What backward reads and writes beside its scratch."""
-        H, M, _, _ = self.shape
-        self.whole |= tensors
-        dq, part, G = self.whole["dq"], self.parts[0], self.whole["G"]
+        shapes = {name: tile and ((n, heads, *tile[0]), tile[1]) for name, tile in tiles.items()}
         if self.apart:
-            dlogits = self.args["dlogits"] = torch.empty(part.rows, dq.shape[1], part.heads * G, M, device=self.device)
-        else:  # a program has read its rows of the one before it writes those of the other
-            dlogits = self.whole["dlogits"] = dq.view(torch.float32)
-        self.whole |= {"dl_t": dlogits.stride(1), "dl_h": G * dlogits.stride(2), "dl_g": dlogits.stride(2)}
-        bias = torch.empty(dq.shape[0] * self.chunks, H, 2, M, device=self.device) if self.whole["RING"] else None
-        self.whole["d_bias"] = bias
+            shapes["dlogits"] = (self.parts[0].rows, T, heads * (HQ // H), M), torch.float32
+        self.allocate(shapes)
+        if not backward:  # gates_kernel is done with w before it writes anchors
+            for known in (self.types, self.values, self.scratch):
+                known["w"] = known["anchors"]
+
+    def allocate(self, shapes: dict[str, tuple[tuple[int, ...], torch.dtype] | None]) -> None:
+        """Scratch of these shapes and types, in one piece: the host's time goes by the number of allocations."""
+        self.scratch, at = {}, 0
+        for name, tile in shapes.items():
+            if tile is not None:
+                size = math.prod(tile[0]) * tile[1].itemsize
+                self.scratch[name] = at, at + size, *tile
+                at += -(-size // 256) * 256
+        self.room = torch.empty(at, device=self.device, dtype=torch.uint8)
+        begin = self.room.data_ptr()
+        self.types |= {name: tile and (tile[1], self.room.get_device()) for name, tile in shapes.items()}
+        self.values |= {name: tile and begin + self.scratch[name][0] for name, tile in shapes.items()}
+
+    def add_backward(self, **tensors: Tensor | None) -> None:
+        """What backward reads and writes beside its scratch."""
+        H, M, D, _ = self.shape
+        dq, part, G = tensors["dq"], self.parts[0], self.constants["G"]
+        if not self.apart:  # a program has read its rows of the one before it writes those of the other
+            tensors["dlogits"] = dq.view(torch.float32)
+        heads, row = (part.heads, M) if self.apart else (H, D * dq.element_size() // 4)
+        bias = torch.empty(dq.shape[0] * self.chunks, H, 2, M, device=self.device) if self.constants["RING"] else None
+        self.add({**tensors, "d_bias": bias}, {"dl_t": heads * G * row, "dl_h": G * row, "dl_g": row})
+
+    def sides(self, begin: Memory | None, end: Memory | None, kind: str = "") -> None:
+        """Where the scan begins, and where it stores its end."""
+        for side, memory in (("begin", begin), ("end", end)):
+            tensors = zip(MEMORY, memory or 3 * (None,), strict=True)
+            flag = {f"{kind}HAS_{side.upper()}": memory is not None}
+            self.add({f"{kind}{side}_{part}": x for part, x in tensors}, constants=flag)
 
     def begin(self, part: Part) -> None:
         """Work on this part from here on."""
         self.part = part
-        for name, x in self.whole.items():
-            rows, heads = AXES.get(name, (None, None))
-            if rows is not None and x is not None:
-                x = x[part.row * (self.chunks if name == "d_bias" else 1) :]
-            if heads is not None and x is not None:
-                x = x.narrow(heads, *self.heads_of(x, heads))
-            self.args[name] = x
-        self.args["heads"] = part.heads
+        if len(self.parts) > 1:
+            cut = {name: address + part.row * row + part.head * head for name, address, row, head in self.steps}
+            self.change(cut | {"heads": part.heads})
 
-    def heads_of(self, x: Tensor, axis: int) -> tuple[int, int]:
-        """The part's heads in an axis of kv or query heads: from, how many."""
-        each = x.shape[axis] // self.shape[0]
-        return self.part.head * each, self.part.heads * each
+    @functools.cached_property
+    def steps(self) -> list[tuple[str, int, int, int]]:
+        """Of every tensor that a part is cut out of: its address, and the bytes from row to row and kv head to head."""
+        found = []
+        for name, (rows, heads) in AXES.items():
+            x = self.tensors.get(name)
+            if x is not None:
+                row = 0 if rows is None else x.stride(rows) * self.rows_of(name) * x.itemsize
+                head = 0 if heads is None else x.stride(heads) * self.heads_of(x, heads) * x.itemsize
+                found.append((name, x.data_ptr(), row, head))
+        return found
+
+    def rows_of(self, name: str) -> int:
+        """Rows of a tensor to a row of the batch."""
+        return self.chunks if name == "d_bias" else 1
+
+    def heads_of(self, x: Tensor, axis: int) -> int:
+        """Heads in an axis to a kv head."""
+        return x.shape[axis] // self.shape[0]
+
+    def tensor(self, name: str) -> Tensor | None:
+        """Scratch, or the part's cut of a tensor."""
+        if name in self.scratch:
+            begin, end, shape, dtype = self.scratch[name]
+            return self.room[begin:end].view(dtype).view(shape)
+        x = self.tensors.get(name)
+        rows, heads = AXES.get(name, (None, None))
+        if rows is not None and x is not None:
+            x = x[self.part.row * self.rows_of(name) :]
+        if heads is not None and x is not None:
+            each = self.heads_of(x, heads)
+            x = x.narrow(heads, self.part.head * each, self.part.heads * each)
+        return x
 
     def part_documents(self) -> int:
-        return self.part.rows if self.bounds is None else self.documents
-
-    def cut(self, memory: Memory | None) -> Memory | None:
-        """The part's documents and heads."""
-        return memory and tuple(x[self.part.row :, self.part.head :] for x in memory)
+        return self.documents if self.packed else self.part.rows
 
     def state(self) -> Memory:
         """New keys [N,H,M,D], values [N,H,M,E] and occupancy [N,H,M] of the documents."""
@@ -182,35 +229,25 @@ class Launch:
 
     def run(self, kernel, warps: int, heads: int = 1, slots: int = 1) -> None:
         """One program for every chunk and head, or `heads` of them, and each of `slots` parts of the slots."""
-        args = {name: self.args[name] for name in kernel.arg_names}
         grid = self.part.rows * self.chunks * self.part.heads * heads, slots
-        kernel[grid](**args, num_warps=warps, num_stages=1)
+        self.launch(kernel, grid, num_warps=warps, num_stages=1)
 
-    def scan(self, states: Tensor, occupancy: Tensor | None, begin, end, reverse: bool = False) -> None:
-        """`forward.scan_kernel` over every document; begin and end: (keys, values, occupancy) or None."""
-        H, M, D, E = self.shape
-        features = 8
-        forward.scan_kernel[(self.part_documents() * self.part.heads, cdiv(D + E, features))](
-            states, self.args["L"], occupancy, *(self.cut(begin) or (None,) * 3), *(self.cut(end) or (None,) * 3),
-            self.bounds, self.args["chunks_per_row"], H, self.part.heads, PACKED=self.bounds is not None,
-            REVERSE=reverse, OCCUPANCY=occupancy is not None, HAS_BEGIN=begin is not None, HAS_END=end is not None,
-            D=D, E=E, M=M, C=self.tile.chunk, BF=features, num_warps=4,
-        )  # fmt: skip
+    def scan(self, names: dict[str, str] = SCAN) -> None:
+        """`forward.scan_kernel` over every document."""
+        _, _, D, E = self.shape
+        grid = self.part_documents() * self.part.heads, cdiv(D + E, self.constants["SCANNED"])
+        self.launch(forward.scan_kernel, grid, names, num_warps=4)
 
-    def write(self, begin, end) -> None:
+    def write(self) -> None:
         """Gates of every chunk, and the memory before it."""
-        self.run(gates.gates_kernel, 2, slots=self.args["BLOCKS"])
+        self.run(gates.gates_kernel, 2, slots=self.constants["BLOCKS"])
         _, M, D, E = self.shape
-        features = math.gcd(D, E, 64)
-        grid = self.part_documents() * self.part.heads, (D + E) // features
+        grid = self.part_documents() * self.part.heads, (D + E) // self.constants["BF"]
         if math.prod(grid) < FEW and self.chunks > LONG:
             self.run(forward.written_kernel, 4)
-            self.scan(self.args["states"], self.args["occupancy"], begin, end)
-            return
-        sides = dict(zip(SIDES, (*(self.cut(begin) or (None,) * 3), *(self.cut(end) or (None,) * 3)), strict=True))
-        args = self.args | sides | {"HAS_BEGIN": begin is not None, "HAS_END": end is not None, "BF": features}
-        args = {name: args[name] for name in forward.memory_kernel.arg_names}
-        forward.memory_kernel[grid](**args, num_warps=4 if M > 32 else 2, num_stages=1)
+            self.scan()
+        else:
+            self.launch(forward.memory_kernel, grid, num_warps=4 if M > 32 else 2, num_stages=1)
 
 
 def strides(name: str, x: Tensor) -> dict[str, int]:
@@ -242,8 +279,11 @@ def gsa_forward(
         sinks, normalised, scale,
     )  # fmt: skip
     end = launch.state() if final else None
-    launch.write(None if keys is None else (keys, values, occupancy), end)
-    launch.args["o"] = o = torch.empty(*q.shape[:3], v.shape[-1], device=q.device, dtype=v.dtype)
+    o = torch.empty(*q.shape[:3], v.shape[-1], device=q.device, dtype=v.dtype)
+    launch.add({"o": o})
+    launch.sides(None if keys is None else (keys, values, occupancy), end)
+    launch.begin(*launch.parts)
+    launch.write()
     tiles = cdiv(q.shape[2] // k.shape[2], launch.tile.heads)
     launch.run(forward.output_kernel, launch.tile.warps, tiles)
     return o, *(end or [q.new_empty(0, dtype=torch.float32) for _ in range(3)])
@@ -277,21 +317,22 @@ def gsa_backward(
 
     names = ("q", "k", "v", "gate", "s", "write", "keep", "q_sink")
     grads = {f"d{name}": like(x) for name, x in zip(names, (q, k, v, gate, s, None, None, q_sink), strict=True)}
-    launch.add(do=do.contiguous(), **grads)
-    begin = None if keys is None else (keys, values, occupancy)
+    launch.add_backward(do=do.contiguous(), **grads)
+    launch.sides(None if keys is None else (keys, values, occupancy), None)
     d_begin = None if keys is None else launch.state()
     d_end = None if d_keys is None else tuple(x.contiguous() for x in (d_keys, d_values, d_occupancy))
+    launch.sides(d_end, d_begin, "reverse_")
     for part in launch.parts:
         launch.begin(part)
-        launch.write(begin, None)
+        launch.write()
         if normalised:
-            launch.run(gates.occupancy_kernel, 2, slots=launch.args["BLOCKS"])
+            launch.run(gates.occupancy_kernel, 2, slots=launch.constants["BLOCKS"])
         launch.run(backward.inner_kernel, launch.tile.warps)
-        launch.scan(launch.args["adjoint"], launch.args["d_occupancy"], begin=d_end, end=d_begin, reverse=True)
+        launch.scan(REVERSE)
         launch.run(backward.outer_kernel, launch.tile.warps)
-        launch.run(gates.logits_kernel, 2, slots=launch.args["BLOCKS"])
+        launch.run(gates.logits_kernel, 2, slots=launch.constants["BLOCKS"])
     if ring:
-        d_bias = launch.whole["d_bias"].sum(0)
+        d_bias = launch.tensors["d_bias"].sum(0)
         for i, (name, x) in enumerate((("dwrite", write), ("dkeep", keep))):
             grads[name] = d_bias[:, i].to(x.dtype, copy=True)
     if silu:
@@ -344,6 +385,15 @@ def gradient(ctx, do, d_keys, d_values, d_occupancy):
 gsa_forward.register_autograd(gradient, setup_context=setup_context)
 
 
+class Direct(torch.autograd.Function):
+    """gsa_forward with its gradient, where torch.compile does not look: torch itself goes through an operator's whole
+    schema for every argument, which takes longer than the launches."""
+
+    forward = staticmethod(lambda *args: gsa_forward(*args))
+    setup_context = staticmethod(setup_context)
+    backward = staticmethod(gradient)
+
+
 @torch.library.custom_op("t2r::gsa_step", mutates_args=("keys", "values", "occupancy", "position", "rank", "stamp"))
 def gsa_step(
     q: Tensor, k: Tensor, v: Tensor, gate: Tensor, s: Tensor | None, write: Tensor | None, keep: Tensor | None,
@@ -386,7 +436,8 @@ def fused(
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:  # fmt: skip
     """gsa() by the kernels: o and, if asked, the final (keys, values, occupancy)."""
     memory = (None, None, None) if state is None else tuple(x.float().contiguous() for x in state[:3])
-    o, *end = gsa_forward(
+    run = Direct.apply if torch.is_grad_enabled() and not torch.compiler.is_compiling() else gsa_forward
+    o, *end = run(
         q, k, v, gate, s, write, keep, q_sink, turns, positions, cu_seqlens, *memory, *spelled(spec, scale), final
     )
     return o, tuple(end) if final else None
