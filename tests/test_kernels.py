@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -267,6 +268,9 @@ def test_compile_and_checkpoint():
 
     plain = torch.autograd.grad(run(*mine.values()), list(mine.values()))
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*lru_cache")  # every run would begin with it
+        compiled(*mine.values())
     for form in (compiled, lambda *x: checkpoint(run, *x, use_reentrant=False)):
         for got, want in zip(torch.autograd.grad(form(*mine.values()), list(mine.values())), plain, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
@@ -409,8 +413,11 @@ def test_many_documents_on_a_gpu():
 @pytest.mark.gpu
 @pytest.mark.parametrize("spec", [PAPER, HARD_CLOCK], ids=["paper", "hard_clock"])
 def test_a_long_text_on_a_gpu(spec):
-    """65,536 tokens against the PyTorch form in float64; and twice the same bits."""
-    mine, moved, exact, state = inputs(spec, torch.bfloat16, T=65536, G=4, D=128, M=64)
+    """65,536 tokens against the PyTorch form in float64; and twice the same bits.
+
+    Eight heads, for d write: a sum over the text of gradients of random sign, not 0 in few slots of a head only (those
+    with write < 1). With one head it has four of them, and by chance small sums make a large relative error."""
+    mine, moved, exact, state = inputs(spec, torch.bfloat16, T=65536, H=8, G=4, D=128, M=64)
     exact = {name: x.detach().cuda().requires_grad_() for name, x in exact.items()}
     state = SlotState(*(x.detach().cuda().requires_grad_() for x in state[:3]), *moved[3:])
     got = results(mine, moved, spec, "triton", scale=128**-0.5)

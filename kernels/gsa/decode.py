@@ -29,10 +29,13 @@ def step_kernel(
     m, d, e = tl.arange(0, M), tl.arange(0, BD), tl.arange(0, BE)
     key_at, in_keys = ((n * H + h) * M + m)[:, None] * D + d[None, :], (m >= 0)[:, None] & (d < D)[None, :]
     value_at, in_values = ((n * H + h) * M + m)[:, None] * E + e[None, :], (m >= 0)[:, None] & (e < E)[None, :]
-    # all that is read is asked for before anything waits: one trip to memory, not one after the other
+    # what is read is asked for before anything waits: one trip to memory, not one after the other. Of values that would
+    # not fit into the registers beside the keys other programs hide the way.
+    EARLY: tl.constexpr = M * BE <= 4096
     here = tl.load(positions + n).to(tl.int64)
     K = tl.load(keys + key_at, mask=in_keys, other=0.0).to(tl.float32)
-    V = tl.load(values + value_at, mask=in_values, other=0.0).to(tl.float32)
+    if EARLY:
+        V = tl.load(values + value_at, mask=in_values, other=0.0).to(tl.float32)
     new_key = tl.load(k + n * k_b + h * k_h + d, mask=d < D, other=0.0).to(tl.float32)
     new_value = tl.load(v + n * v_b + h * v_h + e, mask=e < E, other=0.0).to(tl.float32)
     queries, far = (), ()
@@ -65,20 +68,24 @@ def step_kernel(
 
     K = moved(K, activated(new_key, SILU), weight, forget)
     tl.store(keys + key_at, K.to(keys.dtype.element_ty), mask=in_keys)
-    V = moved(V, activated(new_value, SILU), weight, forget)
-    tl.store(values + value_at, V.to(values.dtype.element_ty), mask=in_values)
     if OCCUPANCY:
         z += weight - forget * z
         tl.store(occupancy + (n * H + h) * M + m, z.to(occupancy.dtype.element_ty))
         inverse, log_z = inverse_and_log(z)
     else:
         inverse, log_z = 1.0, 0.0
+    weights = ()
     for i in tl.static_range(G):
         logits = tl.sum(K * activated(queries[i], SILU)[None, :], axis=1)
         if HAS_SINK:
             logits = tl.where(m < SINKS, tl.sum(K * activated(far[i], SILU)[None, :], axis=1), logits)
-        p = read(logits, inverse, log_z, scale) * inverse
-        y = tl.where(here >= 0, tl.sum(V * p[:, None], axis=0), 0.0)
+        weights += (read(logits, inverse, log_z, scale) * inverse,)
+    if not EARLY:
+        V = tl.load(values + value_at, mask=in_values, other=0.0).to(tl.float32)
+    V = moved(V, activated(new_value, SILU), weight, forget)
+    tl.store(values + value_at, V.to(values.dtype.element_ty), mask=in_values)
+    for i in tl.static_range(G):
+        y = tl.where(here >= 0, tl.sum(V * weights[i][:, None], axis=0), 0.0)
         tl.store(o + ((n * H + h) * G + i) * E + e, y.to(o.dtype.element_ty), mask=e < E)
 
 

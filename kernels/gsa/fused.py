@@ -18,7 +18,7 @@ from . import backward, decode, forward, gates
 from .documents import chunk_table, document_count, remembered
 from .launcher import Arguments
 from .spec import GSASpec, SlotState
-from .tiles import cdiv, padded, shared_memory, step_warps, tile_for
+from .tiles import block_memory, cdiv, find_tile, padded, shared_memory, step_warps, tile_for
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 SLOTS = (16, 32, 64, 128, 256)
@@ -39,14 +39,14 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, occupancy: bool, s: T
         return f"inputs of {q.dtype}"
     if occupancy and s is not None:
         return "occupancy with write weights apart from the decay"
-    if tile_for(max(D, E), M, G, q.dtype, shared_memory(q.device)) is None:
+    if find_tile(max(D, E), M, G, q.dtype, block_memory(q.device)) is None:
         return f"heads of {max(D, E)} with {M} slots in {q.dtype}, more than a block of this GPU's threads can hold"
     return None
 
 
 # Backward runs over parts of the rows or heads so that its scratch stays below SCRATCH bytes, but not below PROGRAMS
-# chunks and heads, which fill a GPU for several waves. Launching a part takes the host 1 to 1.5 ms, so parts must be
-# large: 180 MiB keep a step of 16,384 tokens within 0.9 GiB, and make it half as fast (docs/results/kernels/h200.json).
+# chunks and heads, which fill a GPU for several waves. Smaller parts take longer: 180 MiB keep a step of 16,384 tokens
+# within 0.9 GiB and cost a tenth of its time (docs/results/kernels/h200.json).
 SCRATCH = 768 * 2**20
 PROGRAMS = 1024
 

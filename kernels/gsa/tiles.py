@@ -19,7 +19,8 @@ class Tile(NamedTuple):
 
 class Row(NamedTuple):
     """shared: bytes of shared memory that a block must be given; size: of an element; dim, slots: the largest; chunk;
-    rows: the most of a tile; warps, if not one for 16 rows and at least 4."""
+    rows: the most of a tile; warps, if not one for 16 rows and at least 4; groups: the fewest query heads of a kv
+    head."""
 
     shared: int
     size: int
@@ -28,11 +29,13 @@ class Row(NamedTuple):
     chunk: int
     rows: int
     warps: int | None = None
+    groups: int = 1
 
 
 # The first row that fits is taken. Times and errors: docs/results/kernels/.
 TILES = [
     Row(90_000, 2, 128, 32, chunk=32, rows=32, warps=2),
+    Row(90_000, 2, 64, 128, chunk=16, rows=64, warps=4, groups=3),
     Row(200_000, 2, 128, 64, chunk=32, rows=128),
     Row(160_000, 2, 256, 64, chunk=32, rows=32, warps=8),
     Row(200_000, 2, 128, 128, chunk=32, rows=128, warps=8),
@@ -46,13 +49,13 @@ TILES = [
 INTERPRETED = 227_000  # the interpreter has no limit: the tiles of a Hopper GPU
 
 
-@functools.cache
-def tile_for(dim: int, slots: int, groups: int, dtype: torch.dtype, shared: int = INTERPRETED) -> Tile | None:
+def find_tile(dim: int, slots: int, groups: int, dtype: torch.dtype, shared: int = INTERPRETED) -> Tile | None:
     """The tile for the larger head dim, slots, query heads per kv head, type, and shared memory of a block in bytes;
     None if there is none."""
     size = 2 if dtype == torch.bfloat16 else 4  # float16 is computed in float32: decays leave its range
     for row in TILES:
-        if shared >= row.shared and size <= row.size and dim <= row.dim and slots <= row.slots:
+        fits = dim <= row.dim and slots <= row.slots and groups >= row.groups
+        if shared >= row.shared and size <= row.size and fits:
             heads = min(padded(groups), row.rows // row.chunk)
             return Tile(row.chunk, heads, row.warps or max(4, row.chunk * heads // 16))
     return None
@@ -72,10 +75,13 @@ def cdiv(n: int, size: int) -> int:
     return -(-n // size)
 
 
-@functools.cache
-def shared_memory(device: torch.device) -> int:
+def block_memory(device: torch.device) -> int:
     """Bytes of shared memory that a block of threads may have."""
     if device.type != "cuda":
         return INTERPRETED
     properties = torch.cuda.get_device_properties(device)
     return getattr(properties, "shared_memory_per_block_optin", 0)  # unknown: no tile is safe, PyTorch's form runs
+
+
+# for a launch; torch.compile, which looks into what remembers nothing, warns of what remembers
+tile_for, shared_memory = functools.cache(find_tile), functools.cache(block_memory)

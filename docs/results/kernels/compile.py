@@ -28,6 +28,7 @@ SHARED = {90: 232_448, 80: 166_912, 89: 101_376}  # bytes a block may have
 # head dim, slots, query heads per kv head, type: the largest of each row, and the shapes of the benchmark
 CASES = [
     (128, 64, 4, torch.bfloat16), (128, 64, 1, torch.bfloat16), (64, 64, 3, torch.bfloat16),
+    (64, 128, 3, torch.bfloat16),
     (256, 128, 4, torch.bfloat16), (128, 256, 4, torch.bfloat16), (256, 256, 1, torch.bfloat16),
     (128, 64, 4, torch.float32), (128, 64, 4, torch.float16), (256, 128, 4, torch.float32),
     (128, 256, 4, torch.float32),
