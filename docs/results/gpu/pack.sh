@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# What a GPU machine without a network needs for the experiments of this folder, in pieces of 55 MB:
+# What a GPU machine without a network needs for the experiments of this folder, in pieces of 55 MB (five of them):
 #
 #     bash docs/results/gpu/pack.sh DATA OUT
 #
 # DATA holds eval/ and corpus/. OUT gets part.aa, part.ab ...: packages for Python 3.12 that are pure or manylinux, the
-# model, benchmarks, three shards of text. There: unpack.sh, which says what is where. Packages that a common image of
+# model, benchmarks, the text. There: unpack.sh, which says what is where. Packages that a common image of
 # torch, transformers, peft, pytest and matplotlib has are not among them. To be run where t2r is installed.
 set -euo pipefail
 data=$1 out=$2 work=$(mktemp -d)
@@ -48,6 +48,6 @@ for folder in (site / "lm_eval" / "tasks").iterdir():
 PYTHON
 tar -czf "$work/payload/site.tgz" -C "$work/payload" site && rm -r "$work/payload/site"
 tar -czf "$work/payload/data/eval.tgz" -C "$data" eval
-cp "$data"/corpus/train-0[012].jsonl.zst "$data"/corpus/validation-*.jsonl.zst "$work/payload/data/corpus/"
+cp "$data"/corpus/train-*.jsonl.zst "$data"/corpus/validation-*.jsonl.zst "$work/payload/data/corpus/"
 tar -cf - -C "$work/payload" . | split -b 55M - "$out/part."
 rm -r "$work" && ls -l "$out"

@@ -1,10 +1,11 @@
 # Source me on the GPU machine, from the repository's root, once all pieces of pack.sh lie in /root/parts:
 #
-#     mkdir -p /root/parts; cp CARRIED/part.* /root/parts      in a call for each piece, none 30 s after the one before
+#     mkdir -p /root/parts; cp CARRIED/part.* /root/parts      in a call for each piece
 #     source docs/results/gpu/unpack.sh                         again in every later call
 #
-# Afterwards: packages in /tmp/site, the code in /root/repo, the original in /root/teacher (being made for a minute),
-# benchmarks in /root/data/eval, text in /root/data/corpus.
+# Afterwards: packages in /tmp/site, the code in /root/repo, the original in /root/teacher (being made for 36 seconds),
+# benchmarks in /root/data/eval, text in /root/data/corpus. Calls follow one another within 30 seconds, or the machine is
+# taken back with all that is on it: send the last piece, unpack.sh, plan.sh and watch.sh in one call, and let it run.
 if [ ! -d /root/repo ]; then
     mkdir -p /root/unpacked /tmp/site /root/log
     cat /root/parts/part.* | tar -x -C /root/unpacked
