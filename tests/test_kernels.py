@@ -11,7 +11,7 @@ from gsa_cases import EVICTING, PAPER, PER_HEAD, SOFT_CLOCK, assert_same, draw, 
 from interpreter import mend_bfloat16
 from torch.utils.checkpoint import checkpoint
 
-from t2r.kernels.gsa import GSASpec, SlotState, chunk_gsa, fused, gsa
+from t2r.kernels.gsa import GSASpec, SlotState, chunk_gsa, fused, gsa, launch
 from t2r.kernels.gsa.documents import chunk_table
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -88,8 +88,8 @@ def test_other_sizes(shape):
 @pytest.mark.parametrize("heads", [1, 2, 4])
 def test_tiles_of_several_query_heads(heads, monkeypatch):
     """G = 3 heads one by one, in two tiles, and in one with a row to spare."""
-    tile = fused.tile_for(64, 16, 3, torch.float32)._replace(heads=heads)
-    monkeypatch.setattr(fused, "tile_for", lambda *args: tile)
+    tile = launch.tile_for(64, 16, 3, torch.float32)._replace(heads=heads)
+    monkeypatch.setattr(launch, "tile_for", lambda *args: tile)
     compare(EVICTING, shape={"G": 3, "T": 40})
 
 
@@ -107,11 +107,11 @@ def test_parts_of_the_backward_pass(packed, monkeypatch):
     kwargs = {"cu_seqlens": torch.tensor([0, 1, 1, 34]).to(DEVICE)} if packed else {}
     mine, moved, _, _ = inputs(EVICTING, **shape)
     whole = results(mine, moved, EVICTING, "triton", **kwargs)
-    monkeypatch.setattr(fused, "SCRATCH", 0)
-    chunks = fused.cdiv(34, fused.tile_for(64, 16, 2, torch.float32).chunk) if not packed else 34 // 16 + 3
+    monkeypatch.setattr(launch, "SCRATCH", 0)
+    chunks = launch.cdiv(34, launch.tile_for(64, 16, 2, torch.float32).chunk) if not packed else 34 // 16 + 3
     for room, count in ((chunks, 2 if packed else 4), (2 * chunks, 1 if packed else 2)):
-        monkeypatch.setattr(fused, "PROGRAMS", room)
-        assert len(fused.parts(shape["B"], 2, chunks, 1)) == count
+        monkeypatch.setattr(launch, "PROGRAMS", room)
+        assert len(launch.parts(shape["B"], 2, chunks, 1)) == count
         again = results(mine, moved, EVICTING, "triton", **kwargs)
         assert all(torch.equal(again[name], whole[name]) for name in whole)
 
@@ -124,7 +124,7 @@ def test_parts_of_the_backward_pass(packed, monkeypatch):
 )
 def test_the_memory_by_two_kernels(spec, shape, monkeypatch):
     """As for a long text that is alone."""
-    monkeypatch.setattr(fused, "LONG", 0)
+    monkeypatch.setattr(launch, "LONG", 0)
     bounds = shape.get("bounds")
     kwargs = {} if bounds is None else {"cu_seqlens": torch.tensor(bounds)}
     compare(spec, shape={name: x for name, x in shape.items() if name != "bounds"}, **kwargs)
@@ -307,9 +307,9 @@ def test_what_the_kernels_do_not_take_is_named(change, reason):
 
 
 def test_a_memory_larger_than_a_block_of_threads_is_refused():
-    assert fused.tile_for(256, 256, 4, torch.bfloat16) is not None
-    assert fused.tile_for(256, 256, 4, torch.float32) is None
-    assert fused.tile_for(128, 128, 4, torch.bfloat16, shared=101_376) is None  # sm_89
+    assert launch.tile_for(256, 256, 4, torch.bfloat16) is not None
+    assert launch.tile_for(256, 256, 4, torch.float32) is None
+    assert launch.tile_for(128, 128, 4, torch.bfloat16, shared=101_376) is None  # sm_89
 
 
 SMALL_FUNCTIONS = """

@@ -16,7 +16,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from t2r.data.packing import UNLABELLED, Batch, Mixture, Rows
 from t2r.data.tokens import Shard, Tokens
 from t2r.families import FAMILIES
-from t2r.kernels.gsa import fused
+from t2r.kernels.gsa import launch
 from t2r.modeling.attention import GSAttention
 from t2r.modeling.configuration import CONFIG_CLASSES, preset
 from t2r.schema import LearningRates, LossConfig
@@ -228,8 +228,8 @@ def test_layers_with_kernels_are_one_graph(eviction, monkeypatch):
     gsa = preset("exact", slots=16, sinks=3, eviction=eviction).to_dict()
     student = AutoModelForCausalLM.from_config(CONFIG_CLASSES["llama"](**sizes, gsa=gsa)).train()
     train_offsets(student)
-    graphs, table = CompileCounter(), Mock(wraps=fused.chunk_table, __name__="chunk_table")
-    monkeypatch.setattr(fused, "chunk_table", table)
+    graphs, table = CompileCounter(), Mock(wraps=launch.chunk_table, __name__="chunk_table")
+    monkeypatch.setattr(launch, "chunk_table", table)
     for layer in student.model.layers:
         layer.compile(backend=graphs, fullgraph=True)
     step = engine.Step(STAGES["lm"](replace(STAGE, kind="lm")), student, None)

@@ -1,4 +1,4 @@
-"""The host's time of the GSA kernels' launches on a GPU, by Triton and past it (kernels/gsa/launcher.py), and whether
+"""The host's time of the GSA kernels' launches on a GPU, by Triton and past it (kernels/gsa/arguments.py), and whether
 the two give the same bits.
 
     python docs/results/kernels/host.py OUT.json
@@ -19,8 +19,8 @@ import torch
 
 from t2r.bench import Shape, inputs, spec_of
 from t2r.env import facts
-from t2r.kernels.gsa import SlotState, fused, gsa
-from t2r.kernels.gsa.launcher import Arguments
+from t2r.kernels.gsa import SlotState, gsa, launch
+from t2r.kernels.gsa.arguments import Arguments
 
 SMALL = Shape(4, 256, 9, 3, 64, 64)
 # what is compared: shape, type, and which of parts, documents, memory, odd addresses
@@ -101,8 +101,8 @@ def host(args: dict, rest: dict, calls: int = 200) -> dict[str, float]:
 def same(shape: Shape, gates: str, dtype: torch.dtype, what: tuple[str, ...]) -> dict[str, bool]:
     """By Triton and past it, on another stream, and replayed from a CUDA graph."""
     args, rest = arguments(shape, gates, dtype, what)
-    with mock.patch.object(fused, "SCRATCH", 0 if "parts" in what else fused.SCRATCH):
-        with mock.patch.object(fused, "PROGRAMS", 24 if "parts" in what else fused.PROGRAMS):
+    with mock.patch.object(launch, "SCRATCH", 0 if "parts" in what else launch.SCRATCH):
+        with mock.patch.object(launch, "PROGRAMS", 24 if "parts" in what else launch.PROGRAMS):
             with by_triton():
                 want = both(args, rest)
             both(args, rest)
@@ -126,8 +126,8 @@ def same(shape: Shape, gates: str, dtype: torch.dtype, what: tuple[str, ...]) ->
 def main(out: str) -> None:
     record = {"facts": facts(), "host": {}, "same": []}
     for gates in ("paper", "exact"):
-        for scratch in (fused.SCRATCH, 0):
-            with mock.patch.object(fused, "SCRATCH", scratch), mock.patch.object(fused, "PROGRAMS", 32):
+        for scratch in (launch.SCRATCH, 0):
+            with mock.patch.object(launch, "SCRATCH", scratch), mock.patch.object(launch, "PROGRAMS", 32):
                 args, rest = arguments(SMALL, gates, torch.bfloat16, ())
                 name = gates + (", in parts" if not scratch else "")
                 with by_triton():

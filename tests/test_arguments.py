@@ -10,8 +10,8 @@ import pytest
 import torch
 from triton.compiler import CompiledKernel
 
-from t2r.kernels.gsa import launcher
-from t2r.kernels.gsa.launcher import Arguments
+from t2r.kernels.gsa import arguments as module
+from t2r.kernels.gsa.arguments import Arguments
 
 STREAM, FUNCTION, METADATA = 7, 11, (4, 1, 0)
 ON_A_GPU = SimpleNamespace(dtype=torch.float32, get_device=lambda: 0, data_ptr=lambda: 64)
@@ -50,9 +50,9 @@ class Kernel:
 
 @pytest.fixture
 def kernel(monkeypatch):
-    monkeypatch.setattr(launcher, "_tables", {})
+    monkeypatch.setattr(module, "_tables", {})
     active = SimpleNamespace(get_current_stream=lambda device: STREAM)
-    monkeypatch.setattr(launcher, "driver", SimpleNamespace(active=active))
+    monkeypatch.setattr(module, "driver", SimpleNamespace(active=active))
     return Kernel()
 
 
@@ -141,7 +141,7 @@ def test_only_what_was_compiled_for_cuda_is_kept(kernel, backend):
 
 
 def test_another_triton_is_asked_by_its_door(kernel, monkeypatch):
-    monkeypatch.setattr(launcher, "DIRECT", False)
+    monkeypatch.setattr(module, "DIRECT", False)
     args = arguments()
     for _ in range(2):
         args.launch(kernel, (1,))
@@ -178,8 +178,8 @@ driver.set_active(SimpleNamespace(
 ))
 
 from gsa_cases import SOFT_CLOCK, draw
-from t2r.kernels.gsa import SlotState, fused, gsa
-from t2r.kernels.gsa.launcher import Arguments
+from t2r.kernels.gsa import SlotState, gsa, launch
+from t2r.kernels.gsa.arguments import Arguments
 
 ordinary, direct = Arguments.launch, set()
 
@@ -196,7 +196,7 @@ def twice(self, kernel, *args, **options):
     assert len(started) == 2 and started[0] == started[1], (kernel.__name__, started)
 
 Arguments.launch = twice
-fused.SCRATCH, fused.PROGRAMS = 0, 3
+launch.SCRATCH, launch.PROGRAMS = 0, 3
 args, state = draw(SOFT_CLOCK, B=2, T=33, H=2, G=2, D=64, M=16)
 args = {n: (x.detach().bfloat16() if n[0] in "qkv" else x.detach().float()).requires_grad_() for n, x in args.items()}
 state = SlotState(*(x.detach().float() for x in state[:3]), *state[3:])
