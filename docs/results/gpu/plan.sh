@@ -2,7 +2,7 @@
 # All rows, on two GPUs, after unpack.sh: bash docs/results/gpu/plan.sh, which returns at once; then watch.sh.
 #
 # A lane trains its rows one after the other; each is compared while the next one trains. Text is tokenised first, for
-# two minutes, beside the trainer's speed on one GPU and the tests of the kernels on the other. A row of 100 million tokens
+# two minutes, beside the trainer's speed on one GPU, tiles and tests of the kernels on the other. A row of 100 million tokens
 # takes a GPU eleven minutes and two to compare.
 cd "$(dirname "$0")/../../.." || exit
 long="stages.0.tokens=88080384 stages.1.tokens=16777216 stages.0.validate_every=320 stages.1.validate_every=128"
@@ -27,10 +27,15 @@ speed() {
         python3 docs/results/train_speed.py /root/teacher /root/start /root/log/speed.json --kinds lm --compile --forward 32768
 }
 
+kernels() {
+    timeout 180 python3 docs/results/kernels/tiles.py /root/log/tiles.json
+    OMP_NUM_THREADS=1 python3 -m pytest -n 6 -v -m gpu -p no:cacheprovider tests
+}
+
 main() {
     until [ -d /root/teacher ]; do sleep 1; done
     CUDA_VISIBLE_DEVICES=0 speed >/root/log/speed.log 2>&1 &
-    OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=1 python3 -m pytest -n 6 -v -m gpu -p no:cacheprovider tests >/root/log/pytest.log 2>&1 &
+    CUDA_VISIBLE_DEVICES=1 kernels >/root/log/kernels.log 2>&1 &
     tokens
     need=$(CUDA_VISIBLE_DEVICES=1 OMP_NUM_THREADS=8 python3 -m t2r slots /root/teacher --slots 128 --eviction score \
         --text /root/data/corpus/train-00.jsonl.zst | tee /root/log/slots.log | sed -n 's/.*--layer-slots //p')
