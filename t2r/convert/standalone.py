@@ -127,7 +127,11 @@ class Module:
 
     @property
     def needs_triton(self) -> bool:
-        return any("triton" in statement for statement, _ in self.external)
+        """Whether importing this imports Triton, here or in a module that is imported at the top."""
+        if any("triton" in statement for statement, _ in self.external):
+            return True
+        top = [node for node in self.imports() if node in self.tree.body]
+        return any(Module(source).needs_triton for node in top for source in self.sources(node))
 
     def visit(self, modules: dict[str, "Module"]) -> None:
         """Add what this module needs, then itself."""

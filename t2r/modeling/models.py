@@ -19,6 +19,8 @@ from .attention import Context, GSAttention, adopt_attention
 from .cache import CACHE, adopt
 from .configuration import CONFIG_CLASSES, CONFIG_MAPPING, FLOAT32, GSAConfig
 
+BY_BOUNDS = "t2r_varlen"  # of transformers' attention functions that which is given bounds of documents, no mask
+
 
 class GSAParameters:
     """How transformers is to treat the parameters that GSA adds: mixed in front of both of a family's classes."""
@@ -73,6 +75,8 @@ class GSAMixin(GSAParameters):
         if len(self.gsa_layers) == len(self.layers):
             # A 4-D mask passes through the backbone untouched: without one it would build [B, 1, T, T] for nobody.
             attention_mask = torch.empty(1, 1, 1, 1, device=tokens.device)
+        elif cu_seq_lens_q is not None and self.config._attn_implementation == BY_BOUNDS:
+            kwargs |= {"cu_seq_lens_q": cu_seq_lens_q, "max_length_q": B * T if max_length_q is None else max_length_q}
         elif cu_seq_lens_q is not None:
             if (position_ids[:, 0] != 0).any():
                 raise ValueError("with softmax layers a packed document cannot go on in the next row")

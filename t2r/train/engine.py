@@ -41,9 +41,10 @@ from t2r.train.parameters import (
     train_offsets,
 )
 from t2r.train.plot import plot
-from t2r.train.sharding import Group, from_a_peer, initialize, without_weights, zero_stage
+from t2r.train.sharding import Group, compute_dtype, from_a_peer, initialize, without_weights, zero_stage
 from t2r.train.stages import STAGES, Stage, mixers
 from t2r.train.validation import validate
+from t2r.train.varlen import read_by_bounds
 
 STOP = "stop"  # the metric in which processes tell each other that one of them was asked to stop
 
@@ -152,6 +153,7 @@ def train(
         return newest
     source, zero = open_source(student_folder), zero_stage(config.deepspeed)
     student = load_student(student_folder, stage, read=zero != 3 or group.rank == 0)
+    read_by_bounds(student, group.device, compute_dtype(stage, group.device.type))
     groups = parameter_groups(student, stage)
     check_saved(student, source)
     if stage.loss.backend == "liger" and stage.kind != "align":

@@ -23,7 +23,6 @@ from t2r.env import env
 from t2r.errors import UserError
 from t2r.families import FAMILIES
 from t2r.schema import ConvertConfig, RunConfig, StageConfig, load_run, with_device
-from t2r.train import varlen
 from t2r.train.engine import train
 from t2r.train.launch import LOGS, Machines, check_machines, launch, launch_by_ssh
 from t2r.train.log import METRICS, read
@@ -40,6 +39,7 @@ from t2r.train.sharding import (
 from t2r.train.stages import STAGES
 from t2r.train.trackers import check_trackers
 from t2r.train.validation import teacher_perplexities
+from t2r.train.varlen import read_by_bounds
 
 CONFIG, START, MODEL, REPORT = "config.yaml", "start", "model", "compare"
 HERE = Machines()
@@ -224,8 +224,7 @@ def load_teacher(settings: RunConfig, group: Group, dtype: torch.dtype) -> torch
     # of what is sharded the others get their part from the first; what a GGUF file becomes only its reading tells
     read = whole or group.rank == 0 or source.is_quantised
     teacher = (load_source(source) if read else without_weights(source.config)).requires_grad_(False).eval()
-    if varlen.can_attend(group.device, dtype):
-        teacher.set_attn_implementation(varlen.NAME)
+    read_by_bounds(teacher, group.device, dtype)
     if not whole:
         return shard_teacher(teacher, settings.deepspeed, dtype, group)
     for parameter in teacher.parameters():

@@ -14,8 +14,8 @@ from t2r.convert.checks import hooked
 from t2r.data.packing import Batch
 from t2r.families import FAMILIES
 from t2r.modeling.attention import GSAttention
+from t2r.modeling.models import BY_BOUNDS
 from t2r.schema import StageConfig
-from t2r.train import varlen
 from t2r.train.losses import Mix, mixed_loss, recomputed
 
 Loss = tuple[Tensor, dict[str, Tensor]]
@@ -112,7 +112,7 @@ STAGES = {"align": Align, "distill": Distill, "lm": LM}
 def hidden_states(model, batch: Batch) -> Tensor:
     """Output [B,T,W] of a causal LM before its head; documents do not see each other, in either kind of model."""
     (B, T), window = batch.input_ids.shape, getattr(model.config, "sliding_window", None)
-    if getattr(model.config, "gsa", None) or model.config._attn_implementation == varlen.NAME:
+    if getattr(model.config, "gsa", None) or model.config._attn_implementation == BY_BOUNDS:
         packing = {"position_ids": batch.position_ids, "cu_seq_lens_q": batch.cu_seqlens, "max_length_q": T}
     elif batch.cu_seqlens.numel() == B + 1:
         packing = {}  # each row is one document: plain causal attention, for which there are the fastest kernels

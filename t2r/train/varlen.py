@@ -1,5 +1,5 @@
-"""Softmax attention of packed documents by torch's flash attention for texts of varying length: a frozen teacher reads
-them without a mask of T x T entries, and does no work across their bounds.
+"""Softmax attention of packed documents by torch's flash attention for texts of varying length: a teacher, and a
+student's layers that stay softmax, read them without a mask of T x T entries and do no work across their bounds.
 
 Shape legend: B batch, T time, HQ query heads, H kv heads, D head dim, N documents.
 """
@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from t2r.modeling.models import BY_BOUNDS
+
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # torch before 2.10
     varlen_attn = None
 
-NAME = "t2r_varlen"  # among transformers' implementations of attention
 WORDS = inspect.signature(varlen_attn).parameters if varlen_attn else {}
 GROUPED = {"enable_gqa": True} if "enable_gqa" in WORDS else {}  # grouped heads passed before there was the word
 
@@ -24,6 +25,12 @@ def can_attend(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether torch has such kernels here: an NVIDIA GPU, 16 bits, torch 2.11 (windows came after documents)."""
     half = dtype in (torch.float16, torch.bfloat16)
     return device.type == "cuda" and torch.version.cuda is not None and half and "window_size" in WORDS
+
+
+def read_by_bounds(model, device: torch.device, dtype: torch.dtype) -> None:
+    """Let the model's softmax layers attend so where it will be on `device` in `dtype`, if torch can there."""
+    if can_attend(device, dtype):
+        model.set_attn_implementation(BY_BOUNDS)
 
 
 def attend(
@@ -44,4 +51,4 @@ def attend(
     return o.view(query.shape[0], query.shape[2], *o.shape[1:]), None
 
 
-ALL_ATTENTION_FUNCTIONS.register(NAME, attend)
+ALL_ATTENTION_FUNCTIONS.register(BY_BOUNDS, attend)
