@@ -71,6 +71,7 @@ def test_layers_of_a_student_that_stay_softmax(monkeypatch):
     student, batch = student_model(softmax_layers=[1]), batch_of(PACKED)
     want = with_gradients(student, batch)
     student.set_attn_implementation(varlen.BY_BOUNDS)
+    assert student.model.layers[1].self_attn.config._attn_implementation == varlen.BY_BOUNDS
     got = with_gradients(student, batch)
     assert got.keys() == want.keys() and "model.layers.1.self_attn.q_proj.weight" in want
     for name, x in want.items():
