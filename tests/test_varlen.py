@@ -79,6 +79,15 @@ def test_layers_of_a_student_that_stay_softmax(monkeypatch):
     assert "varlen" not in student.config.to_json_string()
 
 
+@pytest.mark.parametrize("dim, want", [(16, "t2r_varlen"), (20, "sdpa"), (264, "sdpa")])
+def test_only_heads_that_there_are_kernels_for(dim, want, monkeypatch):
+    monkeypatch.setattr(varlen, "can_attend", lambda device, dtype: True)
+    config = CONFIG_MAPPING["llama"](**SIZES | {"head_dim": dim, "num_attention_heads": 2, "num_key_value_heads": 1})
+    model = AutoModelForCausalLM.from_config(config)
+    varlen.read_by_bounds(model, torch.device("cuda"), torch.bfloat16)
+    assert model.config._attn_implementation == want
+
+
 def test_bounds_that_do_not_arrive_are_an_error():
     model = model_of("llama")
     model.set_attn_implementation(varlen.BY_BOUNDS)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from t2r.families import head_dim
 from t2r.modeling.models import BY_BOUNDS
 
 try:
@@ -29,7 +30,8 @@ def can_attend(device: torch.device, dtype: torch.dtype) -> bool:
 
 def read_by_bounds(model, device: torch.device, dtype: torch.dtype) -> None:
     """Let the model's softmax layers attend so where it will be on `device` in `dtype`, if torch can there."""
-    if can_attend(device, dtype):
+    D = head_dim(model.config)
+    if can_attend(device, dtype) and D % 8 == 0 and D <= 256:
         model.set_attn_implementation(BY_BOUNDS)
 
 
