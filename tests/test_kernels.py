@@ -3,59 +3,15 @@
 import subprocess
 import sys
 import warnings
-from dataclasses import replace
 
 import pytest
 import torch
-from gsa_cases import EVICTING, PAPER, PER_HEAD, SOFT_CLOCK, assert_same, draw, results
-from interpreter import mend_bfloat16
+from gsa_cases import EVICTING, PAPER, PER_HEAD, SOFT_CLOCK, assert_same, results
+from kernel_cases import DEVICE, HARD_CLOCK, SPECS, TIED, UNTIED, WILD, compare, inputs
 from torch.utils.checkpoint import checkpoint
 
-from t2r.kernels.gsa import GSASpec, SlotState, chunk_gsa, fused, gsa, launch
+from t2r.kernels.gsa import SlotState, chunk_gsa, fused, gsa, launch
 from t2r.kernels.gsa.documents import chunk_table
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    mend_bfloat16()
-TIED = GSASpec(gate="log_alpha", occupancy=True)
-UNTIED = GSASpec(gate="log_alpha")
-HARD_CLOCK = GSASpec(gate="linear", damping=512.0, ring=16, sinks=4, occupancy=True)
-SPECS = {"paper": PAPER, "soft_clock": SOFT_CLOCK, "evicting": EVICTING, "tied": TIED, "untied": UNTIED}
-# of the issue: relative RMS error of outputs, states and every gradient
-TOLERANCE = {torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}
-
-
-def inputs(spec, dtype=torch.float32, **shape):
-    """float64 arguments, and the same numbers as the kernels get them: rows in `dtype`, the rest in float32."""
-    args, state = draw(spec, **{"B": 1, "H": 1, "G": 2, "D": 64, "M": 16, "T": 70} | shape)
-    if not spec.gate == "log_alpha" or spec.occupancy:
-        args.pop("s", None)
-    rows = {name: x.detach().to(dtype) if name[0] in "qkv" else x.detach().float() for name, x in args.items()}
-    mine = {name: x.to(DEVICE).requires_grad_() for name, x in rows.items()}
-    exact = {name: x.double().requires_grad_() for name, x in rows.items()}
-    state = [x.detach().float().to(DEVICE) for x in state[:3]] + [x.to(DEVICE) for x in state[3:]]
-    moved = SlotState(*(x.requires_grad_() for x in state[:3]), *state[3:])
-    state = SlotState(*(x.detach().cpu().double().requires_grad_() for x in moved[:3]), *(x.cpu() for x in state[3:]))
-    return mine, moved, exact, state
-
-
-def both(spec, dtype=torch.float32, change=None, shape=None, **kwargs):
-    """Results of the kernels and what they must be: by the recurrence, or for more than 300 tokens, of which it takes
-    minutes, by the PyTorch form in float64, which test_gsa.py holds to 1e-12 of it."""
-    mine, moved, exact, state = inputs(spec, dtype, **(shape or {}))
-    if change is not None:
-        with torch.no_grad():
-            change(exact)
-            for name, x in exact.items():
-                mine[name].copy_(x)
-    long = exact["q"].shape[1] > 300
-    expected = results(exact, state, spec, "torch" if long else "reference", **kwargs)
-    kwargs = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in kwargs.items()}
-    return {name: x.cpu() for name, x in results(mine, moved, spec, "triton", **kwargs).items()}, expected
-
-
-def compare(spec, dtype=torch.float32, tolerance=None, **kwargs):
-    assert_same(*both(spec, dtype, **kwargs), tolerance or TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
@@ -144,9 +100,6 @@ def test_padding(spec):
     real[0, [*range(5), *range(30, 34), 59]] = False
     positions = torch.where(real, real.cumsum(1) - 1, -1)
     compare(spec, shape={"T": 60}, positions=positions)
-
-
-WILD = torch.tensor([-400.0, -50.0, -1.0, 0.0, 1.0, 400.0], dtype=torch.float64)
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
@@ -257,7 +210,7 @@ def test_operators_are_sound():
     torch.library.opcheck(torch.ops.t2r.gsa_forward, tuple(args), test_utils=checks)
 
 
-def test_compile_and_checkpoint():
+def test_compile_and_checkpoint(monkeypatch):
     """One graph through torch.compile, forward and backward; activation checkpointing gives the same gradients."""
     mine, _, _, _ = inputs(PAPER, T=40)
     names = list(mine)
@@ -268,6 +221,7 @@ def test_compile_and_checkpoint():
 
     plain = torch.autograd.grad(run(*mine.values()), list(mine.values()))
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    monkeypatch.setattr(torch._dynamo.utils, "warn_once_cache", set())  # what another test was warned of counts, too
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*lru_cache")  # every run would begin with it
         compiled(*mine.values())
@@ -347,80 +301,3 @@ def test_small_functions_against_float64(tmp_path):
     script = tmp_path / "small.py"  # triton.jit reads a function's source from its file
     script.write_text(SMALL_FUNCTIONS.replace("DEVICE", repr(DEVICE)))
     subprocess.run([sys.executable, script], check=True)
-
-
-# Every shape of tile is compiled once for each spec and type, which takes half a minute: run with -n 16 there. Logits
-# are scaled as attention scales them: 0.3 at 128 channels is a softmax so sharp that bfloat16's rounding of the memory
-# alone costs 5e-3.
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("spec", [PAPER, HARD_CLOCK], ids=["paper", "hard_clock"])
-def test_lengths_on_a_gpu(spec, dtype):
-    if spec.ring:
-        spec = replace(spec, ring=64)
-    got, want = {}, {}
-    for T in (1, 15, 63, 64, 65, 100, 1000, 2049):  # in one test: side by side each would compile the same kernels
-        shape = {"T": T, "B": 2, "H": 2, "G": 4, "D": 128, "M": 64}
-        mine, expected = both(spec, dtype, shape=shape, scale=128**-0.5)
-        got |= {f"{T} tokens: {name}": x for name, x in mine.items()}
-        want |= {f"{T} tokens: {name}": x for name, x in expected.items()}
-    assert_same(got, want, TOLERANCE[dtype])
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("spec", [SOFT_CLOCK, EVICTING, TIED, UNTIED], ids=["soft_clock", "evicting", "tied", "untied"])
-def test_specs_on_a_gpu(spec, dtype):
-    compare(spec, dtype, shape={"T": 257, "B": 2, "H": 2, "G": 4, "D": 128, "M": 64}, scale=128**-0.5)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("spec", [PAPER, HARD_CLOCK], ids=["paper", "hard_clock"])
-@pytest.mark.parametrize(
-    ("G", "D", "M"),
-    [(1, 64, 16), (2, 64, 32), (3, 64, 64), (8, 128, 64), (4, 80, 64), (4, 96, 128), (2, 256, 64), (4, 128, 128),
-     (1, 128, 128), (2, 128, 128), (4, 128, 256), (1, 256, 256), (5, 64, 128), (6, 128, 16), (7, 128, 32), (3, 64, 32)],
-)  # fmt: skip
-def test_sizes_on_a_gpu(spec, G, D, M):
-    compare(spec, torch.bfloat16, shape={"T": 257, "B": 2, "H": 2, "G": G, "D": D, "M": M}, scale=D**-0.5)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_mixed_extreme_gates_on_a_gpu(dtype):
-    def change(args):
-        args["gate"].copy_(WILD[torch.randint(0, 6, args["gate"].shape, generator=torch.Generator().manual_seed(5))])
-
-    compare(
-        EVICTING,
-        dtype,
-        change=change,
-        shape={"T": 200, "D": 128, "M": 64},
-        scale=128**-0.5,
-        tolerance=max(5e-5, TOLERANCE[dtype]),
-    )
-
-
-@pytest.mark.gpu
-def test_many_documents_on_a_gpu():
-    lengths = torch.randint(0, 200, (40,), generator=torch.Generator().manual_seed(0))
-    bounds = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
-    compare(
-        PAPER, torch.bfloat16, shape={"T": int(bounds[-1]), "documents": 40, "M": 64}, cu_seqlens=bounds, scale=0.125
-    )
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("spec", [PAPER, HARD_CLOCK], ids=["paper", "hard_clock"])
-def test_a_long_text_on_a_gpu(spec):
-    """65,536 tokens against the PyTorch form in float64; and twice the same bits.
-
-    Eight heads, for d write: a sum over the text of gradients of random sign, not 0 in few slots of a head only (those
-    with write < 1). With one head it has four of them, and by chance small sums make a large relative error."""
-    mine, moved, exact, state = inputs(spec, torch.bfloat16, T=65536, H=8, G=4, D=128, M=64)
-    exact = {name: x.detach().cuda().requires_grad_() for name, x in exact.items()}
-    state = SlotState(*(x.detach().cuda().requires_grad_() for x in state[:3]), *moved[3:])
-    got = results(mine, moved, spec, "triton", scale=128**-0.5)
-    assert_same(got, results(exact, state, spec, "torch", scale=128**-0.5), TOLERANCE[torch.bfloat16])
-    again = results(mine, moved, spec, "triton", scale=128**-0.5)
-    assert all(torch.equal(got[name], again[name]) for name in got)

@@ -48,7 +48,7 @@ def inner_kernel(
     PACKED: tl.constexpr, LINEAR: tl.constexpr, SINKS: tl.constexpr, OCCUPANCY: tl.constexpr,
     HAS_POSITIONS: tl.constexpr, HAS_SINK: tl.constexpr, PRECISION: tl.constexpr, BLOCKS: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
-    G: tl.constexpr, GB: tl.constexpr,
+    G: tl.constexpr, GB: tl.constexpr, ROOM: tl.constexpr,
 ):  # fmt: skip
     """One chunk and kv head, GB query heads at a time: dlogits [B,T,H*G,M]; dv [B,T,H,E] inside the chunk; adjoint
     [n,H,D+E,M] and d_occupancy [n,H,M]: the gains for the reverse scan; tiles [n,H,C,M]: own, the gradient of w by what
@@ -70,7 +70,7 @@ def inner_kernel(
         again = g0 > 0
         live = row_mask(count, G - g0, C, GB)
         K0 = load_state(states, first, 0, D, BD, M)
-        if BE * M * DTYPE.primitive_bitwidth < 256 * 256 * 16:  # else no room beside the keys'
+        if ROOM:
             V0 = load_state(states, first, D, E, BE, M)  # asked for here, needed later
         z = load_rows(v, batch * v_b + begin * v_t + h * v_h, v_t, 0, columns, C, 1, E, BE).to(DTYPE)
         y = load_rows(k, batch * k_b + begin * k_t + h * k_h, k_t, 0, columns, C, 1, D, BD).to(DTYPE)
@@ -94,7 +94,7 @@ def inner_kernel(
         else:
             p = read(logits, 1.0, 0.0, scale)
 
-        if BE * M * DTYPE.primitive_bitwidth >= 256 * 256 * 16:
+        if not ROOM:
             V0 = load_state(states, first, D, E, BE, M)
         # at padding dO counts as zero: with it everything that padding could receive is zero
         xo = load_rows(

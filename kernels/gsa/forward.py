@@ -226,9 +226,9 @@ def output_kernel(
     PACKED: tl.constexpr, SINKS: tl.constexpr, OCCUPANCY: tl.constexpr,
     HAS_POSITIONS: tl.constexpr, HAS_SINK: tl.constexpr, PRECISION: tl.constexpr, BLOCKS: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
-    GB: tl.constexpr,
+    GB: tl.constexpr, ROOM: tl.constexpr,
 ):  # fmt: skip
-    """o [B,T,H*G,E] of one chunk, kv head and tile of GB query heads."""
+    """o [B,T,H*G,E] of one chunk, kv head and tile of GB query heads. ROOM: for the values' tile beside the keys'."""
     tiles = tl.cdiv(G, GB)
     pid, g0 = tl.program_id(0) // tiles, (tl.program_id(0) % tiles) * GB
     chunk, h = pid // heads, pid % heads
@@ -242,7 +242,7 @@ def output_kernel(
     first = pid.to(tl.int64) * ((D + E) * M)
     y = load_rows(k, row * k_b + begin * k_t + h * k_h, k_t, 0, columns, C, 1, D, BD).to(DTYPE)
     K0 = load_state(states, first, 0, D, BD, M)
-    if BE * M * DTYPE.primitive_bitwidth < 256 * 256 * 16:  # else no room beside the keys'
+    if ROOM:
         V0 = load_state(states, first, D, E, BE, M)  # asked for here, needed later
     z = load_rows(v, row * v_b + begin * v_t + h * v_h, v_t, 0, columns, C, 1, E, BE).to(DTYPE)
     q_first = row * q_b + begin * q_t + (h * G + g0) * q_h
@@ -264,7 +264,7 @@ def output_kernel(
     passed = p * decayed(gates, DTYPE, PRECISION, C, GB, M)
     left = passed.to(DTYPE)
     A, _met = weights(p, passed, left, pairs, gates, False, False, C, GB, M, PRECISION)
-    if BE * M * DTYPE.primitive_bitwidth >= 256 * 256 * 16:
+    if not ROOM:
         V0 = load_state(states, first, D, E, BE, M)
     out = tl.dot(left, tl.trans(V0), input_precision=PRECISION)
     out = tl.dot(A, z, out, input_precision=PRECISION)

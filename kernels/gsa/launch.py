@@ -94,6 +94,7 @@ class Launch(Arguments):
              "DTYPE": tl.bfloat16 if dtype == torch.bfloat16 else tl.float32,
              "D": D, "BD": padded(D), "E": E, "BE": padded(E), "M": M, "BM": slots,
              "BLOCKS": M // slots, "C": C, "G": HQ // H, "GB": self.tile.heads, "BF": math.gcd(D, E, 64), "SCANNED": 8,
+             "ROOM": padded(E) * M * dtype.itemsize < 256 * 256 * 2,  # for the values' tile beside the keys'
              "REVERSE": False, "YES": True},
         )  # fmt: skip
         tiles = {name: ((C, M), torch.float32) for name in ("L", "anchors")}

@@ -105,7 +105,7 @@ def main(out: str) -> None:
             "HAS_S": False, "HAS_SINK": False, "REVERSE": False, "HAS_BEGIN": False, "HAS_END": False, "SILU": False,
             "PRECISION": "tf32x3" if name == "fp16" else "ieee", "D": dim, "BD": padded, "E": dim, "BE": padded,
             "M": slots, "BM": min(slots, 32), "BLOCKS": slots // min(slots, 32), "C": tile.chunk, "G": groups,
-            "GB": tile.heads, "BLOCK": 32,
+            "GB": tile.heads, "BLOCK": 32, "ROOM": padded * slots * (2 if name == "bf16" else 4) < 256 * 256 * 2,
             "DTYPE": tl.bfloat16 if name == "bf16" else tl.float32, "BF": 8,
         }  # fmt: skip
         kernels = {
