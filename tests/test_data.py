@@ -88,6 +88,7 @@ def test_hub_names_are_streamed(monkeypatch):
     "spec, content, message",
     [
         ("a.jsnl", None, "no data at "),
+        ("none/*.jsonl", None, "nearest valid: shipped:train, or files: 'data.train="),
         ("a.csv", b"text\n", "a.csv has no known ending"),
         ("", None, " is a folder (in data); nearest valid: "),
         ("shipped:trian", None, "t2r ships no text 'trian' (in data); nearest valid: shipped:train"),

@@ -100,7 +100,8 @@ def resolve(specs: Sequence[str]) -> list[Source]:
                 continue
             if not path.exists():
                 siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-                raise UserError(f"no data at {spec}", where="data", nearest=nearest(path.name, siblings))
+                other = nearest(path.name, siblings) or f"{SHIPPED}train, or files: 'data.train=[\"DIR/*.jsonl\"]'"
+                raise UserError(f"no data at {spec}", where="data", nearest=other)
             format_of(path)
             found.append(Source(str(path), path))
     return found
