@@ -160,9 +160,10 @@ def test_strides_of_the_inputs():
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-def test_decode(spec):
+@pytest.mark.parametrize("shape", [{"G": 3}, {"G": 1}, {"G": 4, "D": 128, "M": 64}, {"G": 2, "M": 128}], ids=str)
+def test_decode(spec, shape):
     """Token by token in place: outputs and memory of the recurrence; padding changes nothing."""
-    mine, moved, exact, state = inputs(spec, T=5, B=3, H=2, G=3)
+    mine, moved, exact, state = inputs(spec, T=5, B=3, H=2, **shape)
     moved = SlotState(*(x.detach().clone() for x in moved))
     addresses = [x.data_ptr() for x in moved]
     positions = torch.stack([moved.position + t for t in range(5)], dim=1)

@@ -36,11 +36,12 @@ def test_specs_on_a_gpu(spec, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("spec", [PAPER, HARD_CLOCK], ids=["paper", "hard_clock"])
+@pytest.mark.parametrize("spec", [PAPER, HARD_CLOCK, EVICTING], ids=["paper", "hard_clock", "evicting"])
 @pytest.mark.parametrize(
     ("G", "D", "M"),
     [(1, 64, 16), (2, 64, 32), (3, 64, 64), (8, 128, 64), (4, 80, 64), (4, 96, 128), (2, 256, 64), (4, 128, 128),
-     (1, 128, 128), (2, 128, 128), (4, 128, 256), (1, 256, 256), (5, 64, 128), (6, 128, 16), (7, 128, 32), (3, 64, 32)],
+     (1, 128, 128), (2, 128, 128), (4, 128, 256), (1, 256, 256), (5, 64, 128), (6, 128, 16), (7, 128, 32), (3, 64, 32),
+     (4, 64, 16)],
 )  # fmt: skip
 def test_sizes_on_a_gpu(spec, G, D, M):
     compare(spec, torch.bfloat16, shape={"T": 257, "B": 2, "H": 2, "G": G, "D": D, "M": M}, scale=D**-0.5)

@@ -191,14 +191,16 @@ def gsa_step(
     N, _, HQ, D = q.shape
     H, M, E = k.shape[2], gate.shape[-1], v.shape[-1]
     o = torch.empty(N, 1, HQ, E, device=q.device, dtype=v.dtype)
-    warps = step_warps(max(D, E), M)
+    together = HQ > H and M <= 64 and max(D, E) <= 128
+    warps = 4 if together else step_warps(max(D, E), M)
     decode.step_kernel[(N * H,)](
         q, q_sink, k, v, gate, s, write, keep, bonus, recent, positions, keys, values, occupancy, position, rank, stamp,
         o, H, scale, 1.0 / damping, q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2),
         FORM=form, RING=ring, SINKS=sinks, OCCUPANCY=normalised, SILU=silu, HAS_S=s is not None,
-        HAS_SINK=q_sink is not None, HAS_BONUS=bonus is not None, D=D, BD=padded(D), E=E,
+        HAS_SINK=q_sink is not None, HAS_BONUS=bonus is not None, TOGETHER=together, D=D, BD=padded(D), E=E,
         BE=padded(E), M=M, G=HQ // H, num_warps=warps,
-        maxnreg=128 if warps <= 8 else None,  # so that two programs fit on a multiprocessor: one reads, one computes
+        # so that two programs fit on a multiprocessor: one reads, one computes
+        maxnreg=128 if warps <= 8 and not together else None,
     )  # fmt: skip
     return o
 
