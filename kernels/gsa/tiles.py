@@ -34,7 +34,6 @@ class Row(NamedTuple):
 
 # The first row that fits is taken. Times and errors: docs/results/kernels/.
 TILES = [
-    Row(90_000, 2, 64, 32, chunk=16, rows=64, warps=4, groups=3),
     Row(90_000, 2, 128, 32, chunk=32, rows=32, warps=2),
     Row(90_000, 2, 64, 128, chunk=16, rows=64, warps=4, groups=3),
     Row(200_000, 2, 128, 64, chunk=32, rows=128),

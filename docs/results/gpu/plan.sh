@@ -1,23 +1,34 @@
 #!/usr/bin/env bash
-# All rows, on two GPUs, after unpack.sh: bash docs/results/gpu/plan.sh, which returns at once; then watch.sh.
+# The rows of smollm2-135m-exact, on two GPUs, after unpack.sh: bash docs/results/gpu/plan.sh first (or second), which
+# returns at once; then watch.sh.
 #
-# A lane trains its rows one after the other; each is compared while the next one trains. Text is tokenised first, for
-# two minutes, beside the trainer's speed on one GPU, tests and times of the kernels on the other. A row of 100 million tokens
-# takes a GPU eleven minutes and two to compare.
+# A lane trains its rows one after the other; each is compared while the next one trains. Measured, seconds: teacher there
+# after 45, tokens after 160, 100 million tokens 820 of which two waits of 60 for the compiler, 30 million 350 (128 slots:
+# 450), a comparison 110 alone and 230 beside a training.
 cd "$(dirname "$0")/../../.." || exit
-long="stages.0.tokens=83886080 stages.1.tokens=16777216"
 even='convert.layer_slots=""'
 need=0=128,1=32,2=64,3-5=128,6=64,7-8=256,9-10=64,11=32,12=128,13=64,14-15=128,16=64,17-20=256,21-22=128,23=256,24=128,25-26=32,27=128,28-29=64
-whole=/root/log/whole.yaml # the same without the ablation
-paper="convert.preset=paper convert.eviction=oldest convert.eviction_text=[]"
+text='["/root/data/corpus/train-*.jsonl.zst"]'
+fit='convert.eviction_text=["/root/data/corpus/train-00.jsonl.zst"]'
+whole=/root/log/whole.yaml # the recipe without the ablation, which the first row has
+start=/root/runs/start
 
-tokens() {
-    python3 -m t2r prepare smollm2-135m-exact source=/root/teacher 'data.train=["/root/data/corpus/train-*.jsonl.zst"]' \
-        'convert.eviction_text=[]' 'data.validation=["/root/data/corpus/validation-wiki.jsonl.zst"]' >/root/log/prepare.log 2>&1
+tokens() { # plain text and lookups at the same time: what each run asks for
+    local held='data.validation=["/root/data/corpus/validation-wiki.jsonl.zst"]' common="smollm2-135m-exact source=/root/teacher"
+    python3 -m t2r prepare $common "$fit" "$held" data.train="$text" data.lookups=0 >/root/log/prepare.log 2>&1 &
+    python3 -m t2r prepare $common "$fit" "$held" data.train="${text/\/root/lookups:\/root}" data.lookups=0 >/root/log/lookups.log 2>&1
+    wait $!
 }
 
-lane() { # of a GPU: NAME RECIPE key=value ..., one row a line
+begin() { # the start of all rows of 64 slots
+    CUDA_VISIBLE_DEVICES=1 OMP_NUM_THREADS=8 python3 -m t2r convert /root/teacher $start --slots 64 --eviction score \
+        --eviction-text /root/data/corpus/train-00.jsonl.zst --no-verify \
+        --layer-slots "$(sed -n 's/ *layer_slots: \([^ ]*\).*/\1/p' t2r/configs/smollm2-135m-exact.yaml)" >/root/log/start.log 2>&1
+}
+
+lane() { # of a GPU: NAME RECIPE key=value ..., one row a line; those of 64 slots have one start
     while read -r name recipe words; do
+        case $name in 64*) export START=$start ;; *) unset START ;; esac
         # shellcheck disable=SC2086
         GPU=$1 RECIPE=$recipe bash docs/results/gpu/row.sh "$name" $words &
         until grep -qs " $name: \(trained\|failed\)" /root/log/rows.log; do sleep 1; done
@@ -25,59 +36,32 @@ lane() { # of a GPU: NAME RECIPE key=value ..., one row a line
     wait
 }
 
-speed() {
-    python3 -m t2r convert /root/teacher /root/start --slots 64 --no-verify &&
-        python3 docs/results/train_speed.py /root/teacher /root/start /root/log/speed.json --kinds lm --compile --forward 32768
-    touch /root/log/speed-done
-}
-
-kernels() { # the smallest tiles first, each shape of a compiler's own; without them if they are wrong
-    export OMP_NUM_THREADS=1
-    tests="python3 -m pytest -n 12 -v -p no:cacheprovider"
-    local pids=() fine=1
-    for spec in PAPER HARD_CLOCK EVICTING; do
-        for size in 3,32 3,64 3,128; do
-            PYTHONPATH=$PYTHONPATH:tests python3 -c "if True:
-                import torch
-                from kernel_cases import *
-                compare($spec, torch.bfloat16, 0.02, shape=dict(zip('GM', ($size))) | {'T': 257, 'B': 4, 'H': 3, 'D': 64}, scale=0.125)" &
-            pids+=($!)
-        done
-    done
-    for pid in "${pids[@]}"; do wait "$pid" || fine=0; done
-    echo "small tiles are fine: $fine"
-    [ $fine = 1 ] || sed -i '/Row(90_000, 2, 64, 32,/d' kernels/gsa/tiles.py
-    touch /root/log/tiles-done
-    python3 -m t2r bench kernels --shape 32,2048,9,3,64,32 --shape 32,2048,9,3,64,64 --out /root/log/bench
-    $tests -m gpu tests
-    $tests tests/test_kernels.py
+rows() { # of a plan, by lane
+    local long="stages.0.tokens=83886080 stages.1.tokens=16777216"
+    local paper="convert.preset=paper convert.eviction=oldest convert.eviction_text=[]"
+    case $1-$2 in
+    first-0) echo "64-100m memory $long
+64-30m memory
+64-10m $whole stages.0.tokens=8388608 stages.1.tokens=2097152" ;;
+    first-1) echo "64-100m-seed1 $whole $long seed=1
+128 $whole convert.slots=128 convert.layer_slots=\"$need\"" ;;
+    second-0) echo "paper $whole $paper $even
+256 $whole convert.slots=256 $even" ;;
+    second-1) echo "hybrid $whole convert.keep_softmax=4,9,14,19,24,29 $even
+64-10m $whole stages.0.tokens=8388608 stages.1.tokens=2097152
+64-1m $whole stages.0.tokens=1048576 stages.1.tokens=262144" ;;
+    esac
 }
 
 main() {
     until [ -d /root/teacher ]; do sleep 1; done
     sed '1i ablation: off' t2r/recipes/memory.yaml >$whole
-    CUDA_VISIBLE_DEVICES=1 kernels >/root/log/kernels.log 2>&1 &
-    CUDA_VISIBLE_DEVICES=0 timeout 330 bash "$0" speed >/root/log/speed.log 2>&1 &
+    begin &
     tokens
-    until [ -f /root/log/tiles-done ]; do sleep 1; done
-    lane 1 <<ROWS &
-64-100m-seed1 $whole $long seed=1
-128 $whole convert.slots=128 convert.layer_slots="$need"
-hybrid $whole convert.keep_softmax=4,9,14,19,24,29 $even
-256 $whole convert.slots=256 $even
-ROWS
-    until [ -f /root/log/speed-done ] || ! pgrep -f '[g]pu/plan.sh speed' >/dev/null; do sleep 1; done
-    lane 0 <<ROWS &
-64-100m memory $long
-64-30m memory
-paper $whole $paper $even
-64-10m $whole stages.0.tokens=8388608 stages.1.tokens=2097152
-ROWS
+    wait
+    for gpu in 0 1; do rows "$1" $gpu | lane $gpu & done
     wait
     touch /root/log/all-done
 }
 
-case ${1:-} in
-main | speed) "$1" ;;
-*) setsid nohup bash "$0" main >/root/log/plan.log 2>&1 </dev/null & ;;
-esac
+if [ "${2:-}" = main ]; then main "$1"; else setsid nohup bash "$0" "$1" main >/root/log/plan.log 2>&1 </dev/null & fi

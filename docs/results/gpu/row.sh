@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # One row of the table of smollm2-135m-exact, on the GPU machine after unpack.sh: trained, then compared by recipe memory.
 #
-#     GPU=0 RECIPE=memory bash docs/results/gpu/row.sh NAME [key=value ...]
+#     GPU=0 RECIPE=memory [START=FOLDER] bash docs/results/gpu/row.sh NAME [key=value ...]
 #
+# START: a conversion to begin with, in place of the configuration's own.
 # /root/runs/NAME holds the run, /root/reports/NAME the report, /root/log/NAME.log what was said, /root/log/rows.log when.
 # What one comparison has found out about the original the others need not: finished units are gathered in /root/units.
 set -u
@@ -27,9 +28,11 @@ compare() {
         --dtype bfloat16 --data /root/data/eval --device cuda:0,cuda:0 --out "/root/reports/$name"
     say "done, $?"
     kill $gather
+    python3 docs/results/gpu/numbers.py "/root/reports/$name/report.json" >"/root/log/$name.numbers"
 }
 {
     say "begins on GPU $CUDA_VISIBLE_DEVICES"
-    python3 -m t2r finetune --config smollm2-135m-exact --out "/root/runs/$name" "${words[@]}" "$@" && say trained && compare ||
+    python3 -m t2r finetune --config smollm2-135m-exact --out "/root/runs/$name" \
+        ${START:+--model "$START"} "${words[@]}" "$@" && say trained && compare ||
         say failed
 } >"/root/log/$name.log" 2>&1
