@@ -51,42 +51,56 @@ SHAPES = (
 DECODE = tuple(Shape(B, 1, 32, 8, 128, 64) for B in (1, 16, 128, 512))
 
 
+GATES = ("paper", "exact", "score")  # of the presets; score: exact gates, and the token worth least makes room
+
+
 def spec_of(gates: str, slots: int) -> GSASpec:
-    """The gates of a preset: what `gsa` does for a converted model, from raw logits on."""
+    """What `gsa` does for a converted model, from raw logits on."""
     if gates == "paper":
         return GSASpec(gate="sigmoid", damping=8.0)
     return GSASpec(gate="linear", damping=512.0, ring=slots, sinks=4, occupancy=True)
 
 
-def inputs(shape: Shape, gates: str, dtype=torch.bfloat16, seed: int = 0) -> dict[str, Tensor]:
-    """Random arguments of `gsa` on the GPU, as leaves that require grad."""
+def inputs(shape: Shape, gates: str, dtype=torch.bfloat16, far: bool = False, device="cuda") -> dict[str, Tensor]:
+    """Random arguments of `gsa`, leaves that require grad where there is one. far: sinks have queries of their own."""
     B, T, HQ, H, D, M = shape
-    generator = torch.Generator("cuda").manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(0)
 
     def randn(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator, device="cuda").to(dtype)
+        return torch.randn(*size, generator=generator, device=device).to(dtype)
 
     args = {"q": randn(B, T, HQ, D), "k": randn(B, T, H, D), "v": randn(B, T, H, D), "gate": randn(B, T, H, M)}
-    if gates == "exact":
+    if gates != "paper":
         args["gate"] *= 20  # of the damping's 512: logits that learning may reach
-        args |= {"write": torch.ones(H, M, device="cuda"), "keep": torch.zeros(H, M, device="cuda")}
-    return {name: x.requires_grad_() for name, x in args.items()}
+        args |= {"write": torch.ones(H, M, device=device), "keep": torch.zeros(H, M, device=device)}
+        if far:
+            args["q_sink"] = randn(B, T, HQ, D)
+    args = {name: x.requires_grad_() for name, x in args.items()}
+    if gates == "score":  # three eighths of the slots for the last tokens, as heads of a small model choose
+        args |= {"bonus": M * randn(B, T, H).float(), "recent": torch.full((H,), 3.0 * M // 8, device=device)}
+    return args
 
 
 def ours(args: dict[str, Tensor], spec: GSASpec, backend: str) -> Tensor:
     return gsa(**args, spec=spec, scale=args["q"].shape[-1] ** -0.5, backend=backend)[0]
 
 
-def errors(shape: Shape, gates: str, dtype=torch.bfloat16) -> dict[str, float]:
+def leaves(args: dict[str, Tensor]) -> list[Tensor]:
+    """The arguments that have a gradient."""
+    return [x for x in args.values() if x.requires_grad]
+
+
+def errors(shape: Shape, gates: str, dtype=torch.bfloat16, device="cuda") -> dict[str, float]:
     """Relative RMS error of the output and every gradient against the PyTorch form in float64, same inputs."""
-    spec, args = spec_of(gates, shape.M), inputs(shape, gates, dtype)
-    exact = {name: x.detach().double().requires_grad_() for name, x in args.items()}
+    spec, args = spec_of(gates, shape.M), inputs(shape, gates, dtype, far=True, device=device)
+    exact = {name: x.detach().double().requires_grad_(x.requires_grad) for name, x in args.items()}
     results = []
     for tensors, backend in ((args, "triton"), (exact, "torch")):
         o = ours(tensors, spec, backend)
-        do = torch.randn(o.shape, generator=torch.Generator("cuda").manual_seed(1), device="cuda")
-        grads = torch.autograd.grad(o, list(tensors.values()), do.to(dtype).to(o.dtype))
-        results.append({"o": o.detach(), **{f"d {name}": x for name, x in zip(tensors, grads, strict=True)}})
+        do = torch.randn(o.shape, generator=torch.Generator(device).manual_seed(1), device=device)
+        grads = torch.autograd.grad(o, leaves(tensors), do.to(dtype).to(o.dtype))
+        names = [name for name, x in tensors.items() if x.requires_grad]
+        results.append({"o": o.detach(), **{f"d {name}": x for name, x in zip(names, grads, strict=True)}})
     got, want = results
     return {
         name: ((got[name].double() - x).norm() / x.norm().clamp(min=1e-6)).item() if got[name].isfinite().all() else 1e9
@@ -140,7 +154,7 @@ def time_one(shape: Shape, what: str, run: Callable, args: dict[str, Tensor], ba
     do = torch.randn_like(run(args))
 
     def both() -> tuple:
-        return torch.autograd.grad(run(args), list(args.values()), do, allow_unused=True)
+        return torch.autograd.grad(run(args), leaves(args), do, allow_unused=True)
 
     torch.cuda.reset_peak_memory_stats()
     both()
@@ -249,7 +263,7 @@ def judge(found: dict[tuple[Shape, str], dict[str, float]]) -> set[tuple[Shape, 
 
 def bench(what: str, shapes: list[str], gates: list[str] | None, decode: bool, out: str | None) -> None:
     """Check, then time; print the table, and write bench.json and bench.png into the folder `out` if given."""
-    shapes, gates = [parse_shape(text) for text in shapes] or list(SHAPES), gates or ["paper", "exact"]
+    shapes, gates = [parse_shape(text) for text in shapes] or list(SHAPES), gates or list(GATES)
     if not torch.cuda.is_available():
         raise UserError("kernels are timed on an NVIDIA GPU, and there is none here", next="t2r env")
     bandwidth, other = copy_bandwidth(), peer()

@@ -205,7 +205,12 @@ def _bench(parser: argparse.ArgumentParser) -> None:
         "--shape", dest="shapes", action="append", default=[], metavar="B,T,HQ,H,D,M",
         help="batch, tokens, query heads, kv heads, head dim, slots; may be repeated (default: seven)",
     )  # fmt: skip
-    parser.add_argument("--gates", action="append", help="may be repeated (default: both)", **one_of("paper", "exact"))
+    parser.add_argument(
+        "--gates",
+        action="append",
+        help="may be repeated (default: all); score: exact, evicting by score",
+        **one_of("paper", "exact", "score"),
+    )
     parser.add_argument("--no-decode", dest="decode", action="store_false", help="skip the decode step")
     parser.add_argument("--out", metavar="DIR", help="folder for bench.json and bench.png")
 

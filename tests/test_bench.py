@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from t2r.bench import SHAPES, Timing, bench, judge, parse_shape, plot, table
+from t2r.bench import GATES, SHAPES, Shape, Timing, bench, errors, inputs, judge, leaves, parse_shape, plot, table
 from t2r.errors import UserError
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def test_the_table_and_the_plot(tmp_path):
@@ -28,6 +30,18 @@ def test_shapes():
 def test_no_gpu_is_one_line():
     with pytest.raises(UserError, match="there is none here"):
         bench("kernels", [], None, True, None)
+
+
+@pytest.mark.parametrize("gates", GATES)
+def test_right_kernels_are_right(gates):
+    """As a GPU is checked: with queries of the sinks' own, and with every kind of gates."""
+    found = errors(Shape(1, 40, 3, 1, 64, 16), gates, torch.float32, DEVICE)
+    assert ("d q_sink" in found) == (gates != "paper") and max(found.values()) < 2e-5
+
+
+def test_eviction_has_no_gradient():
+    args = inputs(Shape(1, 40, 3, 1, 64, 16), "score", torch.float32, device=DEVICE)
+    assert {"bonus", "recent"} < args.keys() and len(leaves(args)) == len(args) - 2
 
 
 def test_wrong_kernels_are_found(capsys):
