@@ -1,0 +1,80 @@
+#!/usr/bin/env bash
+# What is to be measured of kernels and trainer on one GPU with nothing beside it, twenty minutes in all:
+#
+#     mkdir -p /root/log; bash docs/results/gpu/kernels.sh CARRIED; bash docs/results/gpu/watch.sh 570      then watch.sh 570 twice
+#
+# CARRIED holds site.tgz of pack.sh, and the wheels of fla-core 0.6.0 and einops. Returns at once; all is in /root/log.
+cd "$(dirname "$0")/../../.." || exit
+shape='--shape 8,2048,32,8,128,64'
+
+parts() { # time and memory of the first shape by the bytes of scratch that backward may have
+    python3 - <<'PYTHON'
+import json
+import torch
+from t2r import bench
+from t2r.kernels.gsa import launch
+
+for mib in (180, 290, 400, 768):
+    launch.SCRATCH = mib * 2**20
+    for gates in bench.GATES:
+        args, spec = bench.inputs(bench.SHAPES[0], gates), bench.spec_of(gates, 64)
+        row = bench.time_one(bench.SHAPES[0], gates, lambda args: bench.ours(args, spec, "triton"), args, 4e12)
+        print(json.dumps({"scratch_mib": mib, **vars(row)}), flush=True)
+        del args
+        torch.cuda.empty_cache()
+PYTHON
+}
+
+start() { # a model of SmolLM2's shape, its weights random, and its conversion
+    python3 - <<'PYTHON'
+from tokenizers import Tokenizer, models
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+PreTrainedTokenizerFast(tokenizer_object=words, eos_token="a").save_pretrained("/root/original")
+config = LlamaConfig(
+    vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+    num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True, rope_theta=100000.0,
+)
+LlamaForCausalLM(config).save_pretrained("/root/original")
+PYTHON
+    python3 -m t2r convert /root/original /root/start --slots 64 --no-verify
+}
+
+counters() { # of the kernels of one backward pass
+    timeout 200 ncu --clock-control none --set full -k 'regex:inner|outer|output|step' -c 8 --csv --page raw python3 - <<'PYTHON'
+import torch
+from t2r import bench
+
+for shape in (bench.SHAPES[0], bench.SHAPES[3]):
+    args, spec = bench.inputs(shape, "exact"), bench.spec_of("exact", 64)
+    torch.autograd.grad(bench.ours(args, spec, "triton").sum(), bench.leaves(args))
+PYTHON
+}
+
+main() {
+    log=/root/log
+    timeout 240 python3 docs/results/kernels/tiles.py $log/tiles.json >$log/tiles.log 2>&1
+    timeout 300 python3 -m t2r bench kernels --out $log/bench >$log/bench.log 2>&1
+    timeout 120 bash "$0" parts >$log/parts.log 2>&1
+    start >$log/start.log 2>&1
+    for context in 2048 8192; do
+        timeout 200 python3 docs/results/train_speed.py /root/original /root/start $log/speed-$context.json --kinds lm --compile \
+            --tokens 524288 --forward 32768 --contexts $context >$log/speed-$context.log 2>&1
+    done
+    counters >$log/ncu.csv 2>$log/ncu.log
+    PYTHONPATH=$PYTHONPATH:/tmp/peer timeout 600 python3 -m t2r bench kernels $shape --shape 32,2048,9,3,64,64 --gates paper \
+        --no-decode --out $log/peer >$log/peer.log 2>&1
+    touch $log/all-done
+}
+
+case ${1:?CARRIED} in
+main | parts) "$1" ;;
+*)
+    mkdir -p /root/log /tmp/peer && tar -xzf "$1/site.tgz" -C /tmp && cp -r . /root/repo
+    for wheel in "$1"/*.whl; do python3 -m zipfile -e "$wheel" /tmp/peer; done
+    cd /root/repo || exit
+    export PYTHONPATH=/root/repo:/tmp/site HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 TQDM_DISABLE=1 MPLCONFIGDIR=/tmp/mpl
+    setsid nohup bash docs/results/gpu/kernels.sh main >/root/log/kernels.log 2>&1 </dev/null &
+    ;;
+esac
