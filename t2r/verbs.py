@@ -174,7 +174,11 @@ def _plan(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="of all machines (default: 1)")
     parser.add_argument(
-        "--mfu", type=float, default=0.3, metavar="F", help="share of their peak reached (default: 0.3)"
+        "--mfu",
+        type=float,
+        default=0.3,
+        metavar="F",
+        help="share of their peak that matrix products reach (default: 0.3)",
     )
 
 

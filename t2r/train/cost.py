@@ -38,16 +38,30 @@ def hardware_of(name: str) -> Hardware | None:
     return next((gpu for gpu in HARDWARE.values() if all(word in name for word in gpu.words)), None)
 
 
+# Share of a GPU's peak that the recurrence's operations reach, few on much that is read and written. Measured on an
+# H200 (kernels/gsa/README.md): 0.02 for 64 slots and heads of 128, 0.01 for 128 slots or heads of 64, 0.005 for 32.
+RECURRENCE = 0.012
+
+
 class Flops(NamedTuple):
     """Operations of one token, multiplications and additions counted apart. student: forward and backward of what is
-    trained. teacher: its forward. Recomputed activations are not counted: they are no progress."""
+    trained, of which recurrence is the slots' part. teacher: its forward. Recomputed activations are not counted: they
+    are no progress."""
 
     student: float
     teacher: float
+    recurrence: float = 0.0
 
     @property
     def total(self) -> float:
         return self.student + self.teacher
+
+    def seconds(self, peak: float, products: float, again: bool) -> float:
+        """An estimate of a token's time on a GPU of `peak` operations a second. products: the share of it that all but
+        the recurrence reaches. again: the student's forward is done once more in the backward pass."""
+        more = 4 / 3 if again else 1.0
+        rest = more * (self.student - self.recurrence) + self.teacher
+        return (rest / products + more * self.recurrence / RECURRENCE) / peak
 
 
 def linear_parameters(module: nn.Module, trained: bool = False) -> int:
@@ -83,10 +97,10 @@ def training_flops(student, stage: StageConfig) -> Flops:
             linear_parameters(m) + linear_parameters(m.o_proj) + linear_parameters(m, trained=True) for m in mixers
         ]
         backbone = linear_parameters(student.model) - new
-        return Flops(2 * sum(parts) + recurrence, 2 * backbone + attention)
+        return Flops(2 * sum(parts) + recurrence, 2 * backbone + attention, recurrence)
     both = 4 * linear_parameters(student) + 2 * linear_parameters(student, trained=True) + recurrence + kept
     teacher = 2 * (linear_parameters(student) - new) + attention if stage.kind == "distill" else 0.0
-    return Flops(both, teacher)
+    return Flops(both, teacher, recurrence)
 
 
 class Memory(NamedTuple):
