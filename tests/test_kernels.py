@@ -160,7 +160,11 @@ def test_strides_of_the_inputs():
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-@pytest.mark.parametrize("shape", [{"G": 3}, {"G": 1}, {"G": 4, "D": 128, "M": 64}, {"G": 2, "M": 128}], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [{"G": 3}, {"G": 1}, {"G": 8}, {"G": 3, "M": 32}, {"G": 4, "D": 128, "M": 64}, {"G": 2, "M": 128}],
+    ids=str,
+)
 def test_decode(spec, shape):
     """Token by token in place: outputs and memory of the recurrence; padding changes nothing."""
     mine, moved, exact, state = inputs(spec, T=5, B=3, H=2, **shape)

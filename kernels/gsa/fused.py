@@ -13,7 +13,7 @@ from . import backward, decode, forward, gates
 from .documents import document_count
 from .launch import REVERSE, Launch
 from .spec import GSASpec, SlotState
-from .tiles import block_memory, cdiv, find_tile, padded, step_warps
+from .tiles import block_memory, cdiv, find_tile, padded, shared_memory, step_form
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 SLOTS = (16, 32, 64, 128, 256)
@@ -191,8 +191,7 @@ def gsa_step(
     N, _, HQ, D = q.shape
     H, M, E = k.shape[2], gate.shape[-1], v.shape[-1]
     o = torch.empty(N, 1, HQ, E, device=q.device, dtype=v.dtype)
-    together = HQ > H and M <= 64 and max(D, E) <= 128
-    warps = 4 if together else step_warps(max(D, E), M)
+    together, warps = step_form(max(D, E), M, HQ // H, shared_memory(q.device))
     decode.step_kernel[(N * H,)](
         q, q_sink, k, v, gate, s, write, keep, bonus, recent, positions, keys, values, occupancy, position, rank, stamp,
         o, H, scale, 1.0 / damping, q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2),

@@ -61,9 +61,12 @@ def find_tile(dim: int, slots: int, groups: int, dtype: torch.dtype, shared: int
     return None
 
 
-def step_warps(dim: int, slots: int) -> int:
-    """Warps of the decode kernel: 32 numbers of each memory a thread."""
-    return min(32, max(4, slots * padded(dim) // 1024))
+def step_form(dim: int, slots: int, groups: int, shared: int = INTERPRETED) -> tuple[bool, int]:
+    """Whether the decode kernel takes the query heads of a kv head together, and its warps: 4, or 32 numbers of each
+    memory a thread. A memory of 64 x 128 leaves registers for that only on a Hopper GPU, which multiplies from shared
+    memory."""
+    together = groups > 1 and slots <= 64 and padded(dim) * slots <= (8192 if shared >= 200_000 else 4096)
+    return together, 4 if together else min(32, max(4, slots * padded(dim) // 1024))
 
 
 def padded(n: int) -> int:

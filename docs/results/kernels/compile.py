@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 
 from t2r.kernels.gsa import backward, decode, forward, turns
 from t2r.kernels.gsa import gates as gate_kernels
-from t2r.kernels.gsa.tiles import step_warps, tile_for
+from t2r.kernels.gsa.tiles import step_form, tile_for
 
 SHARED = {90: 232_448, 80: 166_912, 89: 101_376}  # bytes a block may have
 # head dim, slots, query heads per kv head, type: the largest of each row, and the shapes of the benchmark
@@ -108,12 +108,14 @@ def main(out: str) -> None:
             "GB": tile.heads, "BLOCK": 32, "ROOM": padded * slots * (2 if name == "bf16" else 4) < 256 * 256 * 2,
             "DTYPE": tl.bfloat16 if name == "bf16" else tl.float32, "BF": 8,
         }  # fmt: skip
+        together, warps = step_form(dim, slots, groups, SHARED[arch])
+        flags["TOGETHER"] = together
         kernels = {
             "gates": (gate_kernels.gates_kernel, 2), "logits": (gate_kernels.logits_kernel, 2),
             "written": (forward.written_kernel, 4), "scan": (forward.scan_kernel, 4),
             "memory": (forward.memory_kernel, 4 if slots > 32 else 2),
             "output": (forward.output_kernel, tile.warps), "inner": (backward.inner_kernel, tile.warps),
-            "outer": (backward.outer_kernel, tile.warps), "step": (decode.step_kernel, step_warps(dim, slots)),
+            "outer": (backward.outer_kernel, tile.warps), "step": (decode.step_kernel, warps),
         }  # fmt: skip
         if spec["OCCUPANCY"]:
             kernels["occupancy"] = (gate_kernels.occupancy_kernel, 2)
