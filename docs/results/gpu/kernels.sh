@@ -52,8 +52,18 @@ for shape in (bench.SHAPES[0], bench.SHAPES[3]):
 PYTHON
 }
 
+blocks() { # decode by blocks of so many features: right, and how fast?
+    cp -r . /root/blocks && cd /root/blocks && patch -p1 <docs/results/kernels/decode-blocks.patch || return
+    for size in 32 64; do
+        sed -i "s/BLOCK=min([0-9]*,/BLOCK=min($size,/" kernels/gsa/fused.py
+        PYTHONPATH=/root/blocks:/tmp/site python3 -m pytest -n 8 -q -p no:cacheprovider tests/test_kernels.py -k decode
+        PYTHONPATH=/root/blocks:/tmp/site python3 -m t2r bench kernels --shape 8,2048,32,8,128,64 --gates paper
+    done
+}
+
 main() {
     log=/root/log
+    timeout 200 bash "$0" blocks >$log/blocks.log 2>&1
     timeout 240 python3 docs/results/kernels/tiles.py $log/tiles.json >$log/tiles.log 2>&1
     timeout 300 python3 -m t2r bench kernels --out $log/bench >$log/bench.log 2>&1
     timeout 120 bash "$0" parts >$log/parts.log 2>&1
@@ -69,7 +79,7 @@ main() {
 }
 
 case ${1:?CARRIED} in
-main | parts) "$1" ;;
+main | parts | blocks) "$1" ;;
 *)
     mkdir -p /root/log /tmp/peer && tar -xzf "$1/site.tgz" -C /tmp && cp -r . /root/repo
     for wheel in "$1"/*.whl; do python3 -m zipfile -e "$wheel" /tmp/peer; done
