@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The rows of smollm2-135m-exact, on two GPUs, after unpack.sh: bash docs/results/gpu/plan.sh first (or second), which
-# returns at once; then watch.sh.
+# returns at once; then watch.sh. What first does not come to at its end is in second again.
 #
 # A lane trains its rows one after the other; each is compared while the next one trains. Measured, seconds: teacher there
 # after 45, tokens after 160, 100 million tokens 820 of which two waits of 60 for the compiler, 30 million 350 (128 slots:
@@ -44,7 +44,8 @@ rows() { # of a plan, by lane
 64-30m memory
 64-10m $whole stages.0.tokens=8388608 stages.1.tokens=2097152" ;;
     first-1) echo "64-100m-seed1 $whole $long seed=1
-128 $whole convert.slots=128 convert.layer_slots=\"$need\"" ;;
+128 $whole convert.slots=128 convert.layer_slots=\"$need\"
+64-1m $whole stages.0.tokens=1048576 stages.1.tokens=262144" ;;
     second-0) echo "paper $whole $paper $even
 256 $whole convert.slots=256 $even" ;;
     second-1) echo "hybrid $whole convert.keep_softmax=4,9,14,19,24,29 $even
