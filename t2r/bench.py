@@ -49,8 +49,6 @@ SHAPES = (
     Shape(8, 2048, 32, 8, 128, 256),
 )
 DECODE = tuple(Shape(B, 1, 32, 8, 128, 64) for B in (1, 16, 128, 512))
-
-
 GATES = ("paper", "exact", "score")  # of the presets; score: exact gates, and the token worth least makes room
 
 
@@ -85,9 +83,10 @@ def ours(args: dict[str, Tensor], spec: GSASpec, backend: str) -> Tensor:
     return gsa(**args, spec=spec, scale=args["q"].shape[-1] ** -0.5, backend=backend)[0]
 
 
-def leaves(args: dict[str, Tensor]) -> list[Tensor]:
-    """The arguments that have a gradient."""
-    return [x for x in args.values() if x.requires_grad]
+def gradients(o: Tensor, args: dict[str, Tensor], do: Tensor, **options) -> dict[str, Tensor | None]:
+    """By argument, of those that have one: which token makes room has none."""
+    own = {name: x for name, x in args.items() if x.requires_grad}
+    return dict(zip(own, torch.autograd.grad(o, list(own.values()), do, **options), strict=True))
 
 
 def errors(shape: Shape, gates: str, dtype=torch.bfloat16, device="cuda") -> dict[str, float]:
@@ -98,9 +97,8 @@ def errors(shape: Shape, gates: str, dtype=torch.bfloat16, device="cuda") -> dic
     for tensors, backend in ((args, "triton"), (exact, "torch")):
         o = ours(tensors, spec, backend)
         do = torch.randn(o.shape, generator=torch.Generator(device).manual_seed(1), device=device)
-        grads = torch.autograd.grad(o, leaves(tensors), do.to(dtype).to(o.dtype))
-        names = [name for name, x in tensors.items() if x.requires_grad]
-        results.append({"o": o.detach(), **{f"d {name}": x for name, x in zip(names, grads, strict=True)}})
+        grads = gradients(o, tensors, do.to(dtype).to(o.dtype))
+        results.append({"o": o.detach(), **{f"d {name}": x for name, x in grads.items()}})
     got, want = results
     return {
         name: ((got[name].double() - x).norm() / x.norm().clamp(min=1e-6)).item() if got[name].isfinite().all() else 1e9
@@ -153,8 +151,8 @@ def time_one(shape: Shape, what: str, run: Callable, args: dict[str, Tensor], ba
         forward = median(lambda: run(args))
     do = torch.randn_like(run(args))
 
-    def both() -> tuple:
-        return torch.autograd.grad(run(args), leaves(args), do, allow_unused=True)
+    def both() -> dict:
+        return gradients(run(args), args, do, allow_unused=True)
 
     torch.cuda.reset_peak_memory_stats()
     both()

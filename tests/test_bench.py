@@ -3,7 +3,21 @@
 import pytest
 import torch
 
-from t2r.bench import GATES, SHAPES, Shape, Timing, bench, errors, inputs, judge, leaves, parse_shape, plot, table
+from t2r.bench import (
+    GATES,
+    SHAPES,
+    Shape,
+    Timing,
+    bench,
+    errors,
+    inputs,
+    judge,
+    ours,
+    parse_shape,
+    plot,
+    spec_of,
+    table,
+)
 from t2r.errors import UserError
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -36,12 +50,16 @@ def test_no_gpu_is_one_line():
 def test_right_kernels_are_right(gates):
     """As a GPU is checked: with queries of the sinks' own, and with every kind of gates."""
     found = errors(Shape(1, 40, 3, 1, 64, 16), gates, torch.float32, DEVICE)
-    assert ("d q_sink" in found) == (gates != "paper") and max(found.values()) < 2e-5
+    own = [] if gates == "paper" else ["d write", "d keep", "d q_sink"]
+    assert list(found) == ["o", "d q", "d k", "d v", "d gate", *own] and max(found.values()) < 2e-5
 
 
-def test_eviction_has_no_gradient():
+def test_eviction_is_checked():
     args = inputs(Shape(1, 40, 3, 1, 64, 16), "score", torch.float32, device=DEVICE)
-    assert {"bonus", "recent"} < args.keys() and len(leaves(args)) == len(args) - 2
+    by_age = {name: x for name, x in args.items() if name not in ("bonus", "recent")}
+    with torch.no_grad():
+        evicted, clocked = (ours(x, spec_of("score", 16), "triton") for x in (args, by_age))
+    assert torch.equal(evicted[:, :16], clocked[:, :16]) and not torch.equal(evicted, clocked)
 
 
 def test_wrong_kernels_are_found(capsys):

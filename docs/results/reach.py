@@ -18,6 +18,7 @@ import torch
 
 from t2r.convert import evict
 from t2r.convert.checks import gsa_mixers, hooked
+from t2r.convert.plan import layer_numbers
 from t2r.convert.source import open_source
 from t2r.convert.verify import load_source
 from t2r.data import lookups
@@ -37,11 +38,7 @@ def fit(source, layer_slots: str, text: str, context: int, far: int, episode: in
     """{layer: (its choices, its tensors)}"""
     lookups.EPISODE, evict.FAR = episode, far
     model = load_source(source, torch.float32)
-    slots = {}
-    for part in layer_slots.split(","):
-        layers, number = part.split("=")
-        first, _, last = layers.partition("-")
-        slots |= dict.fromkeys(range(int(first), int(last or first) + 1), int(number))
+    slots = layer_numbers(layer_slots, model.config.num_hidden_layers, "--slots")
     gsa = fit_layers(preset("exact", 64, None, "score"), model.config, slots, []).gsa_layers(model.config)
     ids = evict.score_texts(source.load_tokenizer(), [text], evict.TEXTS, context)
     fitted = evict.fit_mixers(model, ids, {i: [layer] for i, layer in gsa.items()})

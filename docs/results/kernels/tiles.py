@@ -15,7 +15,7 @@ from multiprocessing import get_context
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from t2r.bench import GATES, TOLERANCE, Shape, errors, inputs, leaves, median, ours, short, spec_of
+from t2r.bench import GATES, TOLERANCE, Shape, errors, gradients, inputs, median, ours, short, spec_of
 from t2r.env import facts
 from t2r.kernels.gsa import launch
 from t2r.kernels.gsa.tiles import Tile
@@ -57,7 +57,7 @@ def time_one(shape: Shape, tile: Tile, gates: str) -> dict:
     do = torch.randn_like(args["q"])
 
     def both():
-        return torch.autograd.grad(ours(args, spec, "triton"), leaves(args), do)
+        return gradients(ours(args, spec, "triton"), args, do)
 
     with torch.no_grad():
         forward = median(lambda: ours(args, spec, "triton"))
