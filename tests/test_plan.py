@@ -210,3 +210,11 @@ def test_gpus_are_known_by_the_name_that_cuda_gives_them():
     assert hardware_of("NVIDIA A100-SXM4-40GB").memory == 40e9
     assert hardware_of("NVIDIA L40S").memory == 48e9 and hardware_of("NVIDIA L4").memory == 24e9
     assert hardware_of("Some other GPU") is None
+
+
+def test_more_gpus_than_a_batch_has_forwards_get_smaller_ones(tiny, capsys):
+    """16 rows by 4: 8 processes take 2 each and the batch stays; 5 do not share 16."""
+    for gpus, words in ((8, "stages.0.micro_batch=2"), (5, "stages.0.batch_tokens=1280")):
+        assert main(["plan", str(tiny), "--gpus", str(gpus)]) == 2
+        assert f"nearest valid: {words}" in capsys.readouterr().err
+        assert plan(str(tiny), [words, *(words.replace("0", str(i), 1) for i in (1, 2))], gpus=gpus).stages

@@ -234,11 +234,12 @@ def load_teacher(settings: RunConfig, group: Group, dtype: torch.dtype) -> torch
 
 def check_split(stage: StageConfig, world: int, i: int) -> None:
     if stage.rows % (stage.micro_batch * world):
-        unit = stage.micro_batch * stage.context * world
-        raise UserError(
-            f"stages.{i}.batch_tokens is {stage.batch_tokens}, no multiple of micro_batch x context x {world} GPUs",
-            nearest=max(1, round(stage.batch_tokens / unit)) * unit,
-        )
+        unit, own = stage.micro_batch * stage.context * world, stage.rows // world
+        nearest = f"stages.{i}.batch_tokens={max(1, round(stage.batch_tokens / unit)) * unit}"
+        if stage.rows % world == 0:  # the batch can stay
+            nearest = f"stages.{i}.micro_batch={max(n for n in range(1, stage.micro_batch + 1) if own % n == 0)}"
+        what = f"stages.{i}.batch_tokens is {stage.batch_tokens}, no multiple of micro_batch x context x {world} GPUs"
+        raise UserError(what, nearest=nearest)
 
 
 def check_converted(folder: Path, settings: RunConfig) -> None:
