@@ -27,23 +27,27 @@ def article(number):
 
 def test_what_is_asked_was_stated(monkeypatch):
     monkeypatch.setattr(lookups, "FORMS", [("<S {key} {value}>", "<Q {key} {value}>")])
-    kinds = set()
+    kinds, later = set(), [0, 0, 0]  # questions for facts of the episode, a little above, far above
     for number in range(40):
-        text = article(number) * 3
+        text = article(number) * 10
         made = with_lookups(text)
         assert made == with_lookups(text)
         assert re.sub(r"<.*?> ", "", made) == text  # and nothing else was changed
         open_facts, questions = {}, 0
-        for kind, key, value in re.findall(r"<([SQ]) (\S+) (\S+)>", made):
+        for found in re.finditer(r"<([SQ]) (\S+) (\S+)>", made):
+            kind, key, value = found.groups()
             assert key in text
             if kind == "S":
-                open_facts[key] = value
+                open_facts[key] = value, found.start()
             else:
                 questions += 1
-                assert open_facts[key] == value
+                told, at = open_facts[key]
+                assert told == value
+                later[min(2, (found.start() - at) // EPISODE)] += 1
             kinds.add(value.isdigit())
         assert questions >= len(text) // EPISODE
     assert kinds == {True, False}
+    assert min(later) > max(later) / 4, later
 
 
 def test_a_short_text_stays_as_it_is():

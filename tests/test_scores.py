@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from t2r.cli import main
-from t2r.convert import convert
+from t2r.convert import convert, evict
 from t2r.convert.checks import bonuses, decided
 from t2r.convert.evict import FADING, Attention, choose, distances, fit, log_mean, next_turn
 from t2r.convert.source import open_source
@@ -101,6 +101,18 @@ def test_a_layer_is_fitted():
         pair = torch.stack([bonus[:, told, h].flatten(), hidden[:, told, h].flatten()])
         assert torch.corrcoef(pair)[0, 1] > 0.99
     assert (found["recent"] >= 1).all() and (found["recent"] <= 14).all()
+
+
+def test_settings_are_chosen_on_texts_with_lookups(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(evict, "choose", lambda *given: chosen.append(given) or choose(*given))
+    texts, hidden = [some_attention(200, 2, 2, 4, seed, 3.0) for seed in range(8)], torch.randn(8, 200, 6)
+    fit(hidden, texts, [preset("exact", slots=16, sinks=2)])
+    ((score, taken, _),) = chosen
+    assert [next(n for n, text in enumerate(texts) if text is one) for one in taken] == [7, 5] and len(score) == 2
+
+    monkeypatch.setattr(evict, "blocks", lambda tokenizer, specs, *_: specs)
+    assert evict.score_texts(None, ["a", "b"], 4, 8) == ["a", "lookups:a", "b", "lookups:b"]
 
 
 @pytest.fixture(scope="module")

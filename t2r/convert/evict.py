@@ -9,7 +9,8 @@ root of the squares' sum, which a few tokens do not rule. Of the text half has l
 hardly any token is needed in its own right far away, so plain text does not tell which ones could be.
 
 How fast a token's worth fades with its age, and how many of the last tokens a head is better off keeping whatever their
-score, is chosen for each head by simulation: of a few settings that which loses the least squared attention.
+score, is chosen for each head by simulation: of a few settings that which loses the least squared attention on texts
+with lookups, which tells more of them apart than plain text does.
 
 Shape legend: N texts, T tokens, H kv heads, G query heads per kv head, D head dim, W hidden size, K settings, M slots.
 """
@@ -40,7 +41,7 @@ NEAR, FAR = 40, 512  # distances between which attention counts as read later
 RIDGE = 1e-3  # of the mean square of the input's channels
 STEPS = 60  # of the regression at most
 TEXTS, CONTEXT = 32, 1024
-TRIED = 8  # of the texts: settings are chosen on them, with scores fitted to the others
+TRIED = 8  # of the texts: settings are chosen on those of them that have lookups, with scores fitted to the others
 RECENT = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 1)  # of the slots beside the sinks; 1 is a plain window
 FADING = tuple(2.0**-e for e in range(5, 11))  # of the score, in nats a token
 
@@ -66,8 +67,8 @@ def fit_scores(source: Source, gsa: dict[int, GSAConfig], text: Sequence[str]) -
 
 
 def score_texts(tokenizer, text: Sequence[str], texts: int, context: int, **options) -> Tensor:
-    """`blocks` of the text, of which half have lookups."""
-    return blocks(tokenizer, [*text, *(LOOKUPS + spec for spec in text)], texts, context, **options)
+    """`blocks` of the text, of which every second one has lookups."""
+    return blocks(tokenizer, [kind + spec for spec in text for kind in ("", LOOKUPS)], texts, context, **options)
 
 
 @torch.inference_mode()
@@ -170,11 +171,12 @@ def fit(hidden: Tensor, texts: list[Attention], options: list[GSAConfig]) -> lis
     x, y = hidden[:, told].double(), later[:, :, told].mT.double().sqrt()
     tried = max(1, min(TRIED, len(texts) // 2))
     rest = max(1, len(texts) - tried)  # a single text has to do for both
-    score = hidden[-tried:].double() @ log_mean(x[:rest], y[:rest]).mT
+    asking = list(range(len(texts) - 1, len(texts) - 1 - tried, -2))  # every second one
+    score = hidden[asking].double() @ log_mean(x[:rest], y[:rest]).mT
     weight, centre = log_mean(x, y), hidden[:, sinks:].double().mean((0, 1))
     found = []
     for gsa in options:
-        recent, fading = choose(score, texts[-tried:], gsa)
+        recent, fading = choose(score, [texts[n] for n in asking], gsa)
         tensors = {"bonus.weight": weight / fading[:, None], "recent": recent}
         tensors["bonus.bias"] = -(tensors["bonus.weight"] @ centre)
         found.append({name: x.float().cpu() for name, x in tensors.items()})

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 
-from t2r.data.lookups import with_lookups
+from t2r.data.lookups import VERSION, with_lookups
 from t2r.errors import UserError, nearest
 
 SHIPPED, LOOKUPS, TEXT = "shipped:", "lookups:", ".txt"
@@ -30,7 +30,7 @@ class Source:
 
     @property
     def identity(self) -> list:
-        made = [LOOKUPS] if self.lookups else []
+        made = [f"{LOOKUPS}{VERSION}"] if self.lookups else []
         if self.path is None:
             return [self.name, *made]
         stat = self.path.stat()

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The rows of smollm2-135m-exact, on two GPUs, after unpack.sh: bash docs/results/gpu/plan.sh first (or second), which
-# returns at once; then watch.sh. What first does not come to at its end is in second again.
+# The rows of smollm2-135m-exact, after unpack.sh: bash docs/results/gpu/plan.sh all on four GPUs, or first (another time
+# second) on two, which returns at once; then watch.sh. What first does not come to at its end is in second again.
 #
 # A lane trains its rows one after the other; each is compared while the next one trains. Measured, seconds: teacher there
 # after 45, tokens after 160, 100 million tokens 820 of which two waits of 60 for the compiler, 30 million 350 (128 slots:
@@ -12,12 +12,16 @@ text='["/root/data/corpus/train-*.jsonl.zst"]'
 fit='convert.eviction_text=["/root/data/corpus/train-00.jsonl.zst"]'
 whole=/root/log/whole.yaml # the recipe without the ablation, which the first row has
 start=/root/runs/start
+near=/root/near # the same code, but facts are asked for within 800 tokens only
 
 tokens() { # plain text and lookups at the same time: what each run asks for
     local held='data.validation=["/root/data/corpus/validation-wiki.jsonl.zst"]' common="smollm2-135m-exact source=/root/teacher"
     python3 -m t2r prepare $common "$fit" "$held" data.train="$text" data.lookups=0 >/root/log/prepare.log 2>&1 &
-    python3 -m t2r prepare $common "$fit" "$held" data.train="${text/\/root/lookups:\/root}" data.lookups=0 >/root/log/lookups.log 2>&1
-    wait $!
+    local lookups="data.train=${text/\/root/lookups:\/root}"
+    cp -r . $near && sed -i 's/^AGAIN, BACK = 8/AGAIN, BACK = 0/; s/^VERSION = 2/VERSION = 1/' $near/t2r/data/lookups.py
+    (cd $near && PYTHONPATH=$near:/tmp/site python3 -m t2r prepare $common "$fit" "$held" "$lookups" data.lookups=0 >/root/log/near.log 2>&1) &
+    python3 -m t2r prepare $common "$fit" "$held" "$lookups" data.lookups=0 >/root/log/lookups.log 2>&1
+    wait
 }
 
 begin() { # the start of all rows of 64 slots
@@ -29,8 +33,9 @@ begin() { # the start of all rows of 64 slots
 lane() { # of a GPU: NAME RECIPE key=value ..., one row a line; those of 64 slots have one start
     while read -r name recipe words; do
         case $name in 64*) export START=$start ;; *) unset START ;; esac
+        case $name in *-near) code=$near ;; *) code=$PWD ;; esac
         # shellcheck disable=SC2086
-        GPU=$1 RECIPE=$recipe bash docs/results/gpu/row.sh "$name" $words &
+        (cd $code && GPU=$1 RECIPE=$recipe PYTHONPATH=$code:/tmp/site bash docs/results/gpu/row.sh "$name" $words) &
         until grep -qs " $name: \(trained\|failed\)" /root/log/rows.log; do sleep 1; done
     done
     wait
@@ -40,6 +45,17 @@ rows() { # of a plan, by lane
     local long="stages.0.tokens=83886080 stages.1.tokens=16777216"
     local paper="convert.preset=paper convert.eviction=oldest convert.eviction_text=[]"
     case $1-$2 in
+    all-0) echo "64-100m memory $long
+64-10m $whole stages.0.tokens=8388608 stages.1.tokens=2097152
+64-1m $whole stages.0.tokens=1048576 stages.1.tokens=262144" ;;
+    all-1) echo "64-100m-seed1 $whole $long seed=1
+hybrid $whole convert.keep_softmax=4,9,14,19,24,29 $even" ;;
+    all-2) echo "64-30m memory
+64-30m-near $whole
+paper $whole $paper $even" ;;
+    all-3) echo "64-0 $whole
+128 $whole convert.slots=128 convert.layer_slots=\"$need\"
+256 $whole convert.slots=256 $even" ;;
     first-0) echo "64-100m memory $long
 64-30m memory
 64-10m $whole stages.0.tokens=8388608 stages.1.tokens=2097152" ;;
@@ -60,7 +76,7 @@ main() {
     begin &
     tokens
     wait
-    for gpu in 0 1; do rows "$1" $gpu | lane $gpu & done
+    for gpu in 0 1 2 3; do rows "$1" $gpu | lane $gpu & done
     wait
     touch /root/log/all-done
 }

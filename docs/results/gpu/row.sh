@@ -3,7 +3,7 @@
 #
 #     GPU=0 RECIPE=memory [START=FOLDER] bash docs/results/gpu/row.sh NAME [key=value ...]
 #
-# START: a conversion to begin with, in place of the configuration's own.
+# START: a conversion to begin with, in place of the configuration's own; a NAME that ends in -0 is it, untrained.
 # /root/runs/NAME holds the run, /root/reports/NAME the report, /root/log/NAME.log what was said, /root/log/rows.log when.
 # What one comparison has found out about the original the others need not: finished units are gathered in /root/units.
 set -u
@@ -30,9 +30,13 @@ compare() {
     kill $gather
     python3 docs/results/gpu/numbers.py "/root/reports/$name/report.json" >"/root/log/$name.numbers"
 }
+train() {
+    case $name in
+    *-0) mkdir -p "/root/runs/$name" && cp -r "$START" "/root/runs/$name/model" ;;
+    *) python3 -m t2r finetune --config smollm2-135m-exact --out "/root/runs/$name" ${START:+--model "$START"} "$@" ;;
+    esac
+}
 {
     say "begins on GPU $CUDA_VISIBLE_DEVICES"
-    python3 -m t2r finetune --config smollm2-135m-exact --out "/root/runs/$name" \
-        ${START:+--model "$START"} "${words[@]}" "$@" && say trained && compare ||
-        say failed
+    train "${words[@]}" "$@" && say trained && compare || say failed
 } >"/root/log/$name.log" 2>&1
