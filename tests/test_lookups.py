@@ -25,19 +25,20 @@ def article(number):
     return " ".join([*lines, *(f"Of {a} nothing is left!\n\n" for a in PLACES)])
 
 
-def test_what_is_asked_was_stated(monkeypatch):
+@pytest.mark.parametrize("kind", [lookups.NEAR, lookups.AGAIN])
+def test_what_is_asked_was_stated(monkeypatch, kind):
     monkeypatch.setattr(lookups, "FORMS", [("<S {key} {value}>", "<Q {key} {value}>")])
-    kinds, later = set(), [0, 0, 0]  # questions for facts of the episode, a little above, far above
+    kinds, later = set(), [0, 0, 0]  # questions for facts of up to so many thousand characters before
     for number in range(40):
         text = article(number) * 10
-        made = with_lookups(text)
-        assert made == with_lookups(text)
+        made = with_lookups(text, kind)
+        assert made == with_lookups(text, kind)
         assert re.sub(r"<.*?> ", "", made) == text  # and nothing else was changed
         open_facts, questions = {}, 0
         for found in re.finditer(r"<([SQ]) (\S+) (\S+)>", made):
-            kind, key, value = found.groups()
+            what, key, value = found.groups()
             assert key in text
-            if kind == "S":
+            if what == "S":
                 open_facts[key] = value, found.start()
             else:
                 questions += 1
@@ -47,7 +48,10 @@ def test_what_is_asked_was_stated(monkeypatch):
             kinds.add(value.isdigit())
         assert questions >= len(text) // EPISODE
     assert kinds == {True, False}
-    assert min(later) > max(later) / 4, later
+    if kind == lookups.AGAIN:
+        assert min(later) > max(later) / 4
+    else:
+        assert later[0] > 100 and later[2] == 0
 
 
 def test_a_short_text_stays_as_it_is():
@@ -68,7 +72,7 @@ def test_a_share_of_the_rows_has_lookups(run, tmp_path, tiny_llama, monkeypatch)
     settings = load_run("quickstart", run)
     assert parts(settings.data) == [
         PartConfig(["text.jsonl"], 0.75),
-        PartConfig(["lookups:text.jsonl"], 0.25),
+        PartConfig(["lookups-again:text.jsonl"], 0.25),
     ]
     data = RunData(settings, AutoTokenizer.from_pretrained(tiny_llama))
     assert data.rows(settings.stages[0], 0).counts == [750, 250]
@@ -79,7 +83,7 @@ def test_a_share_of_the_rows_has_lookups(run, tmp_path, tiny_llama, monkeypatch)
     assert [x is None for x in taken[0]] == [x is None for x in taken[1]] == [x is not None for x in taken[2]]
     assert 0 < sum(x is not None for x in taken[2]) < 30
     for before, after in zip(*taken[:2], strict=True):
-        assert after == (before and with_lookups(before))
+        assert after == (before and with_lookups(before, lookups.AGAIN))
 
 
 def test_texts_come_from_every_source_in_turn(run, tmp_path, tiny_llama, monkeypatch):

@@ -30,7 +30,8 @@ from t2r.convert.paged import Pages
 from t2r.convert.source import Source
 from t2r.convert.verify import empty_model, load_source, softmax_config
 from t2r.convert.writer import available_ram
-from t2r.data.sources import LOOKUPS, resolve
+from t2r.data import lookups
+from t2r.data.sources import resolve
 from t2r.errors import UserError
 from t2r.families import FAMILIES, trained_context, window
 from t2r.kernels.gsa import SlotState
@@ -68,7 +69,7 @@ def fit_scores(source: Source, gsa: dict[int, GSAConfig], text: Sequence[str]) -
 
 def score_texts(tokenizer, text: Sequence[str], texts: int, context: int, **options) -> Tensor:
     """`blocks` of the text, of which every second one has lookups."""
-    return blocks(tokenizer, [kind + spec for spec in text for kind in ("", LOOKUPS)], texts, context, **options)
+    return blocks(tokenizer, [kind + spec for spec in text for kind in ("", lookups.NEAR)], texts, context, **options)
 
 
 @torch.inference_mode()

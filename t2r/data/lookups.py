@@ -5,9 +5,10 @@ training on it learn to keep such a word. A document with lookups does, many tim
 
     ... which was built of stone. harbour = 4821. chapel = 930. It had a roof of slate ... harbour = 4821. Then ...
 
-Keys are words of the document itself, values are numbers or other words of it. A fact is asked for within 800 tokens,
-and some once more up to 2,500 tokens later, for rows that are long enough: what is never read from so far away is not
-learned to be. Everything is drawn from the document's own hash, so the same document always becomes the same text.
+Keys are words of the document itself, values are numbers or other words of it. A fact is asked for within 800 tokens;
+for training some are once more, up to 2,500 tokens later, as what is never read from so far away is not learned to be.
+Scores are fitted without that: they cannot hold it, and trying to they hold less of what is near. Everything is drawn
+from the document's own hash, so the same document always becomes the same text.
 """
 
 import hashlib
@@ -31,21 +32,24 @@ FORMS = (
 )
 EPISODE = 3600  # characters of the text between one set of facts and the next, about 800 tokens
 MOST = 12  # facts of an episode
-AGAIN, BACK = 8, 3  # questions of an episode for facts of those before it, at most, and how many it looks back
-VERSION = 2  # of the texts that come out: the cache of their tokens is named after it
+NEAR, AGAIN = "lookups:", "lookups-again:"  # what stands before the name of a file or of a data set
+MORE = {NEAR: 0, AGAIN: 8}  # questions of an episode for facts of those before it, at most
+BACK = 3  # episodes before it that they look back
 WORD = re.compile(r"[A-Za-z]{4,12}")
 SENTENCE = re.compile(r".+?(?:[.!?]\s+|\Z)", re.DOTALL)
 
 
 class Fact(NamedTuple):
-    """How it is stated, and how it is asked for and answered."""
+    """place: where it is stated, 0 to 1 in the first half of its episode. stated, asked: the texts of that, and of the
+    question with its answer."""
 
     key: str
+    place: float
     stated: str
     asked: str
 
 
-def with_lookups(text: str) -> str:
+def with_lookups(text: str, kind: str = NEAR) -> str:
     """The document with facts and questions; as it is where it has too few words for that."""
     rng = random.Random(hashlib.sha256(text.encode()).digest())
     words = sorted(set(WORD.findall(text)))
@@ -61,36 +65,37 @@ def with_lookups(text: str) -> str:
         facts = draw(words, rng)
         keys = {fact.key for fact in facts}
         told = [[fact for fact in older if fact.key not in keys] for older in told[-BACK:]]
-        made.append(episode(part, facts, list(chain(*told)), rng))
+        made.append(episode(part, facts, list(chain(*told)), MORE[kind], rng))
         told.append(facts)
     return "".join(made)
 
 
 def draw(words: list[str], rng: random.Random) -> list[Fact]:
-    """The facts of an episode, all of one form."""
+    """The facts of an episode: all of one form, and all at one place or each at its own."""
     stated, asked = rng.choice(FORMS)
-    count = rng.randint(1, MOST)
+    count, together = rng.randint(1, MOST), rng.random()
     drawn = rng.sample(words, 2 * count)
     if rng.random() < 0.7:
         digits = rng.choice((2, 3, 4, 4, 5))
         drawn[count:] = [str(rng.randrange(10 ** (digits - 1), 10**digits)) for _ in range(count)]
-    pairs = zip(drawn[:count], drawn[count:], strict=True)
-    return [Fact(key, *(form.format(key=key, value=value) + " " for form in (stated, asked))) for key, value in pairs]
+    facts = []
+    for key, value in zip(drawn[:count], drawn[count:], strict=True):
+        place = 2 * together if together < 0.5 else rng.random()
+        facts.append(Fact(key, place, *(form.format(key=key, value=value) + " " for form in (stated, asked))))
+    return facts
 
 
-def episode(sentences: list[str], facts: list[Fact], before: list[Fact], rng: random.Random) -> str:
-    """Facts in the first half of the sentences, all at one place or each at its own, and questions for some of them in
-    the second half; questions for facts from `before` anywhere."""
-    together, half = rng.random(), len(sentences) // 2
+def episode(sentences: list[str], facts: list[Fact], before: list[Fact], again: int, rng: random.Random) -> str:
+    """Facts in the first half of the sentences, questions for some of them in the second half, and up to `again`
+    questions for facts from `before` anywhere."""
+    half = len(sentences) // 2
+    put = [(int(half * fact.place), fact.stated) for fact in facts]
+    asked = rng.choices(facts, k=rng.randint(1, len(facts) + 2))
+    put += [(rng.randint(half, len(sentences)), fact.asked) for fact in asked]
+    if again:
+        asked = rng.sample(before, min(len(before), rng.randint(0, again)))
+        put += [(rng.randint(0, len(sentences)), fact.asked) for fact in asked]
     places: dict[int, list[str]] = {}
-
-    def put(place: int, text: str) -> None:
+    for place, text in put:
         places.setdefault(place, []).append(text)
-
-    for fact in facts:
-        put(int(half * (2 * together if together < 0.5 else rng.random())), fact.stated)
-    for fact in rng.choices(facts, k=rng.randint(1, len(facts) + 2)):
-        put(rng.randint(half, len(sentences)), fact.asked)
-    for fact in rng.sample(before, min(len(before), rng.randint(0, AGAIN))):
-        put(rng.randint(0, len(sentences)), fact.asked)
     return "".join(part for i, sentence in enumerate([*sentences, ""]) for part in [*places.get(i, []), sentence])

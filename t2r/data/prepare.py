@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from t2r.data.lookups import AGAIN
 from t2r.data.packing import Mixture, Rows
-from t2r.data.sources import LOOKUPS
 from t2r.data.tokens import Request, Tokens, check_hashes, check_text, request, tokenise, tokenise_ahead
 from t2r.errors import UserError
 from t2r.schema import DataConfig, PartConfig, RunConfig, StageConfig
@@ -52,7 +52,7 @@ def plain_parts(data: DataConfig) -> list[PartConfig]:
 
 def parts(data: DataConfig) -> list[PartConfig]:
     """The parts that training reads: each a second time with lookups, if there are to be some."""
-    kinds = (("", 1 - data.lookups), (LOOKUPS, data.lookups)) if data.lookups else (("", 1.0),)
+    kinds = (("", 1 - data.lookups), (AGAIN, data.lookups)) if data.lookups else (("", 1.0),)
     return [
         replace(part, data=[prefix + spec for spec in part.data], weight=share * part.weight)
         for prefix, share in kinds

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 
-from t2r.data.lookups import VERSION, with_lookups
+from t2r.data.lookups import MORE, with_lookups
 from t2r.errors import UserError, nearest
 
-SHIPPED, LOOKUPS, TEXT = "shipped:", "lookups:", ".txt"
+SHIPPED, TEXT = "shipped:", ".txt"
 Document = str | list[dict]  # a text, or the messages of a chat
 
 
@@ -20,17 +20,17 @@ Document = str | list[dict]  # a text, or the messages of a chat
 class Source:
     """One file (`path`) or one data set on the hub (`name`, or `name:subset`; its split `train` is streamed).
 
-    lookups: whether facts and questions are to be put into its texts (`finish`), which are held out or not as they are
-    without. identity: what the cache of its tokens is named after; it changes when the file does.
+    lookups: the kind of facts and questions that are to be put into its texts (`finish`), None: none; they are held out
+    or not as they are without. identity: what the cache of its tokens is named after; it changes when the file does.
     """
 
     name: str
     path: Path | None
-    lookups: bool = False
+    lookups: str | None = None
 
     @property
     def identity(self) -> list:
-        made = [f"{LOOKUPS}{VERSION}"] if self.lookups else []
+        made = [self.lookups] if self.lookups else []
         if self.path is None:
             return [self.name, *made]
         stat = self.path.stat()
@@ -59,7 +59,7 @@ class Source:
 
     def finish(self, document: Document) -> Document:
         """A document, or what was taken of it, as it is to be read."""
-        return with_lookups(document) if self.lookups else document
+        return with_lookups(document, self.lookups) if self.lookups else document
 
     def records(self, field: str) -> Iterator[dict]:
         if self.path is None:
@@ -80,12 +80,12 @@ def is_chat(value: object) -> bool:
 
 
 def resolve(specs: Sequence[str]) -> list[Source]:
-    """Files, patterns, shipped names and hub names, any with `lookups:` before it -> sources. Raises UserError for what
-    is not there."""
+    """Files, patterns, shipped names and hub names, any with a kind of lookups before it -> sources. Raises UserError
+    for what is not there."""
     found = []
     for spec in specs:
-        if spec.startswith(LOOKUPS):
-            found += [replace(source, lookups=True) for source in resolve([spec.removeprefix(LOOKUPS)])]
+        if kind := next((kind for kind in MORE if spec.startswith(kind)), None):
+            found += [replace(source, lookups=kind) for source in resolve([spec.removeprefix(kind)])]
             continue
         if spec.startswith(SHIPPED):
             found.append(shipped_source(spec))

@@ -8,19 +8,18 @@
 cd "$(dirname "$0")/../../.." || exit
 even='convert.layer_slots=""'
 need=0=128,1=32,2=64,3-5=128,6=64,7-8=256,9-10=64,11=32,12=128,13=64,14-15=128,16=64,17-20=256,21-22=128,23=256,24=128,25-26=32,27=128,28-29=64
-text='["/root/data/corpus/train-*.jsonl.zst"]'
 fit='convert.eviction_text=["/root/data/corpus/train-00.jsonl.zst"]'
 whole=/root/log/whole.yaml # the recipe without the ablation, which the first row has
 start=/root/runs/start
-near=/root/near # the same code, but facts are asked for within 800 tokens only
+# what data.lookups=0.2 does, but facts are asked for within 800 tokens only
+near='data.train=[] data.lookups=0 data.mix=[{"data":["/root/data/corpus/train-*.jsonl.zst"],"weight":0.8},{"data":["lookups:/root/data/corpus/train-*.jsonl.zst"],"weight":0.2}]'
 
-tokens() { # plain text and lookups at the same time: what each run asks for
-    local held='data.validation=["/root/data/corpus/validation-wiki.jsonl.zst"]' common="smollm2-135m-exact source=/root/teacher"
-    python3 -m t2r prepare $common "$fit" "$held" data.train="$text" data.lookups=0 >/root/log/prepare.log 2>&1 &
-    local lookups="data.train=${text/\/root/lookups:\/root}"
-    cp -r . $near && sed -i 's/^AGAIN, BACK = 8/AGAIN, BACK = 0/; s/^VERSION = 2/VERSION = 1/' $near/t2r/data/lookups.py
-    (cd $near && PYTHONPATH=$near:/tmp/site python3 -m t2r prepare $common "$fit" "$held" "$lookups" data.lookups=0 >/root/log/near.log 2>&1) &
-    python3 -m t2r prepare $common "$fit" "$held" "$lookups" data.lookups=0 >/root/log/lookups.log 2>&1
+tokens() { # what the runs ask for, at the same time: plain text, and with lookups of either kind
+    local held='data.validation=["/root/data/corpus/validation-wiki.jsonl.zst"]'
+    for kind in '' lookups: lookups-again:; do
+        python3 -m t2r prepare smollm2-135m-exact source=/root/teacher "$fit" "$held" "data.train=[\"$kind/root/data/corpus/train-*.jsonl.zst\"]" \
+            data.lookups=0 >"/root/log/prepare-${kind%:}.log" 2>&1 &
+    done
     wait
 }
 
@@ -33,9 +32,8 @@ begin() { # the start of all rows of 64 slots
 lane() { # of a GPU: NAME RECIPE key=value ..., one row a line; those of 64 slots have one start
     while read -r name recipe words; do
         case $name in 64*) export START=$start ;; *) unset START ;; esac
-        case $name in *-near) code=$near ;; *) code=$PWD ;; esac
         # shellcheck disable=SC2086
-        (cd $code && GPU=$1 RECIPE=$recipe PYTHONPATH=$code:/tmp/site bash docs/results/gpu/row.sh "$name" $words) &
+        GPU=$1 RECIPE=$recipe bash docs/results/gpu/row.sh "$name" $words &
         until grep -qs " $name: \(trained\|failed\)" /root/log/rows.log; do sleep 1; done
     done
     wait
@@ -51,7 +49,7 @@ rows() { # of a plan, by lane
     all-1) echo "64-100m-seed1 $whole $long seed=1
 hybrid $whole convert.keep_softmax=4,9,14,19,24,29 $even" ;;
     all-2) echo "64-30m memory
-64-30m-near $whole
+64-30m-near $whole $near
 paper $whole $paper $even" ;;
     all-3) echo "64-0 $whole
 128 $whole convert.slots=128 convert.layer_slots=\"$need\"
@@ -74,8 +72,7 @@ main() {
     until [ -d /root/teacher ]; do sleep 1; done
     sed '1i ablation: off' t2r/recipes/memory.yaml >$whole
     begin &
-    tokens
-    wait
+    tokens # and begin, which has begun before
     for gpu in 0 1 2 3; do rows "$1" $gpu | lane $gpu & done
     wait
     touch /root/log/all-done
