@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # The rows of smollm2-135m-exact, after unpack.sh: bash docs/results/gpu/plan.sh all on four GPUs, or first (another time
-# second) on two, which returns at once; then watch.sh. What first does not come to at its end is in second again.
+# second) on two, which returns at once; then watch.sh.
 #
-# A lane trains its rows one after the other; each is compared while the next one trains. Measured, seconds: teacher there
-# after 45, tokens after 160, 100 million tokens 820 of which two waits of 60 for the compiler, 30 million 350 (128 slots:
-# 450), a comparison 110 alone and 230 beside a training.
+# A row of a lane begins when the one before it is in its second stage, whose wait for the compiler leaves the GPU idle; it
+# is compared while the next one trains. Measured, seconds: teacher there after 45, tokens after 160, 100 million tokens
+# 820 of which two waits of 60 for the compiler, 30 million 350 (128 slots: 450), a comparison 110 alone and 230 beside a
+# training. The start itself is compared while texts are made into tokens.
 cd "$(dirname "$0")/../../.." || exit
 even='convert.layer_slots=""'
 need=0=128,1=32,2=64,3-5=128,6=64,7-8=256,9-10=64,11=32,12=128,13=64,14-15=128,16=64,17-20=256,21-22=128,23=256,24=128,25-26=32,27=128,28-29=64
@@ -14,19 +15,23 @@ start=/root/runs/start
 # what data.lookups=0.2 does, but facts are asked for within 800 tokens only
 near='data.train=[] data.lookups=0 data.mix=[{"data":["/root/data/corpus/train-*.jsonl.zst"],"weight":0.8},{"data":["lookups:/root/data/corpus/train-*.jsonl.zst"],"weight":0.2}]'
 
-tokens() { # what the runs ask for, at the same time: plain text, and with lookups of either kind
-    local held='data.validation=["/root/data/corpus/validation-wiki.jsonl.zst"]'
-    for kind in '' lookups: lookups-again:; do
+tokens() { # what the runs of a plan ask for, at the same time: plain text, and with lookups of either kind
+    local held='data.validation=["/root/data/corpus/validation-wiki.jsonl.zst"]' kinds=('' lookups-again:) pids=()
+    [ "$1" = first ] || kinds+=(lookups:)
+    for kind in "${kinds[@]}"; do
         python3 -m t2r prepare smollm2-135m-exact source=/root/teacher "$fit" "$held" "data.train=[\"$kind/root/data/corpus/train-*.jsonl.zst\"]" \
             data.lookups=0 >"/root/log/prepare-${kind%:}.log" 2>&1 &
+        pids+=($!)
     done
-    wait
+    wait "${pids[@]}"
 }
 
-begin() { # the start of all rows of 64 slots
+begin() { # the start of all rows of 64 slots, and its own row
     CUDA_VISIBLE_DEVICES=1 OMP_NUM_THREADS=8 python3 -m t2r convert /root/teacher $start --slots 64 --eviction score \
         --eviction-text /root/data/corpus/train-00.jsonl.zst --no-verify \
         --layer-slots "$(sed -n 's/ *layer_slots: \([^ ]*\).*/\1/p' t2r/configs/smollm2-135m-exact.yaml)" >/root/log/start.log 2>&1
+    touch /root/log/start-there
+    [ "$1" = second ] || GPU=1 START=$start RECIPE=$whole bash docs/results/gpu/row.sh 64-0
 }
 
 lane() { # of a GPU: NAME RECIPE key=value ..., one row a line; those of 64 slots have one start
@@ -34,45 +39,47 @@ lane() { # of a GPU: NAME RECIPE key=value ..., one row a line; those of 64 slot
         case $name in 64*) export START=$start ;; *) unset START ;; esac
         # shellcheck disable=SC2086
         GPU=$1 RECIPE=$recipe bash docs/results/gpu/row.sh "$name" $words &
-        until grep -qs " $name: \(trained\|failed\)" /root/log/rows.log; do sleep 1; done
+        until [ -d "/root/runs/$name/2-distill" ] || grep -qs " $name: \(trained\|failed\)" /root/log/rows.log; do sleep 1; done
     done
     wait
 }
 
 rows() { # of a plan, by lane
+    local one="stages.0.tokens=1048576 stages.1.tokens=262144" ten="stages.0.tokens=8388608 stages.1.tokens=2097152"
     local long="stages.0.tokens=83886080 stages.1.tokens=16777216"
-    local paper="convert.preset=paper convert.eviction=oldest convert.eviction_text=[]"
+    local paper="convert.preset=paper convert.eviction=oldest convert.eviction_text=[] $even"
+    local hybrid="convert.keep_softmax=4,9,14,19,24,29 $even"
+    local slots128="convert.slots=128 convert.layer_slots=\"$need\"" slots256="convert.slots=256 $even"
     case $1-$2 in
     all-0) echo "64-100m memory $long
-64-10m $whole stages.0.tokens=8388608 stages.1.tokens=2097152
-64-1m $whole stages.0.tokens=1048576 stages.1.tokens=262144" ;;
+64-10m $whole $ten
+64-1m $whole $one" ;;
     all-1) echo "64-100m-seed1 $whole $long seed=1
-hybrid $whole convert.keep_softmax=4,9,14,19,24,29 $even" ;;
+hybrid $whole $hybrid" ;;
     all-2) echo "64-30m memory
 64-30m-near $whole $near
-paper $whole $paper $even" ;;
-    all-3) echo "64-0 $whole
-128 $whole convert.slots=128 convert.layer_slots=\"$need\"
-256 $whole convert.slots=256 $even" ;;
+paper $whole $paper" ;;
+    all-3) echo "128 $whole $slots128
+256 $whole $slots256" ;;
     first-0) echo "64-100m memory $long
 64-30m memory
-64-10m $whole stages.0.tokens=8388608 stages.1.tokens=2097152" ;;
+64-10m $whole $ten" ;;
     first-1) echo "64-100m-seed1 $whole $long seed=1
-128 $whole convert.slots=128 convert.layer_slots=\"$need\"
-64-1m $whole stages.0.tokens=1048576 stages.1.tokens=262144" ;;
-    second-0) echo "paper $whole $paper $even
-256 $whole convert.slots=256 $even" ;;
-    second-1) echo "hybrid $whole convert.keep_softmax=4,9,14,19,24,29 $even
-64-10m $whole stages.0.tokens=8388608 stages.1.tokens=2097152
-64-1m $whole stages.0.tokens=1048576 stages.1.tokens=262144" ;;
+128 $whole $slots128
+64-1m $whole $one" ;;
+    second-0) echo "paper $whole $paper
+256 $whole $slots256" ;;
+    second-1) echo "hybrid $whole $hybrid
+64-30m-near $whole $near" ;;
     esac
 }
 
 main() {
     until [ -d /root/teacher ]; do sleep 1; done
     sed '1i ablation: off' t2r/recipes/memory.yaml >$whole
-    begin &
-    tokens # and begin, which has begun before
+    begin "$1" &
+    tokens "$1"
+    until [ -f /root/log/start-there ]; do sleep 1; done
     for gpu in 0 1 2 3; do rows "$1" $gpu | lane $gpu & done
     wait
     touch /root/log/all-done
