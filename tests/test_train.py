@@ -19,7 +19,7 @@ from t2r.config import load
 from t2r.convert import convert
 from t2r.errors import UserError
 from t2r.schema import DeepSpeedConfig, RunConfig
-from t2r.train import finetune
+from t2r.train import finetune, sharding
 from t2r.train.parameters import group_of
 from t2r.train.sharding import Group, join_group
 from t2r.train.stages import STAGES
@@ -148,6 +148,25 @@ def test_bfloat16_follows_float32_and_keeps_the_clock_fine(straight, start, stag
     write = tensors(tmp_path / "run" / "model")["model.layers.0.self_attn.write"]
     assert write.dtype == torch.float32
     assert not torch.equal(write, write.bfloat16().float()), "bfloat16 has rounded the clock's biases"
+
+
+def test_gathered_gradients_are_those_of_deepspeed(stages, start, tmp_path, monkeypatch):
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+
+    words = [only("lm", stages), "deepspeed.zero=1", "stages.0.dtype=bfloat16", "stages.0.clip=0.5"]
+    with monkeypatch.context() as patch:
+        patch.setattr(sharding, "gather_gradients", lambda optimizer: None)
+        finetune.finetune(str(stages), words, str(start), str(tmp_path / "theirs"))
+    monkeypatch.setattr(BF16_Optimizer, "_update_hp_grad", None)
+    finetune.finetune(str(stages), words, str(start), str(tmp_path / "ours"))
+    theirs, ours = (records(tmp_path / name, "1-lm") for name in ("theirs", "ours"))
+    assert len(ours) == len(theirs) > 3 and ours[0]["grad_norm"] > 0.5
+    for one, other in zip(theirs, ours, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-2 if one["step"] > 1 else 1e-6)
+    theirs, ours = (tensors(tmp_path / name / "model") for name in ("theirs", "ours"))
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, atol=1e-4, rtol=1e-3, msg=name)
 
 
 def test_a_bfloat16_teacher_keeps_its_rotary_frequencies(tiny_llama):

@@ -202,7 +202,28 @@ def initialize(
             partition(module, settings, dtype, group)
         engine, *_ = require_deepspeed(group.device.type).initialize(model=module, optimizer=optimizer, config=settings)
     gc.unfreeze()
+    if dtype == torch.bfloat16 and hasattr(engine.optimizer, "fp32_groups_gradients_flat"):
+        gather_gradients(engine.optimizer)
     return engine
+
+
+def gather_gradients(optimizer) -> None:
+    """DeepSpeed's bfloat16 optimizer adds up, measures and clips the gradient of each parameter by itself, a thousand
+    launches a step and more, for which the GPU waits. Their float32 sums lie side by side in one tensor a group: let it
+    measure and clip these, and add new ones in one call, after which they go: the next backward pass then need not add
+    to them, nor anyone zero them."""
+    flat = optimizer.fp32_groups_gradients_flat
+
+    @torch.no_grad()
+    def update_hp_grads(clear_lp_grads: bool = False) -> None:
+        for group, sums in zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True):
+            new = [(total, p) for total, p in zip(sums, group, strict=True) if p.grad is not None]
+            torch._foreach_add_([total for total, _ in new], [p.grad.flatten() for _, p in new])
+            for _, p in new:
+                p.grad = None
+
+    optimizer.update_hp_grads = update_hp_grads
+    optimizer.get_grads_for_norm = lambda for_clipping=False: flat if for_clipping else (flat, {})
 
 
 def shard_teacher(teacher: nn.Module, config: DeepSpeedConfig, dtype: torch.dtype, group: Group) -> nn.Module:

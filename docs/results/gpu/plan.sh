@@ -23,15 +23,13 @@ tokens() { # what the runs of a plan ask for, at the same time: plain text, and 
             data.lookups=0 >"/root/log/prepare-${kind%:}.log" 2>&1 &
         pids+=($!)
     done
-    wait "${pids[@]}"
+    for pid in "${pids[@]}"; do wait "$pid" || return; done
 }
 
-begin() { # the start of all rows of 64 slots, and its own row
+begin() { # the start of all rows of 64 slots
     CUDA_VISIBLE_DEVICES=1 OMP_NUM_THREADS=8 python3 -m t2r convert /root/teacher $start --slots 64 --eviction score \
         --eviction-text /root/data/corpus/train-00.jsonl.zst --no-verify \
         --layer-slots "$(sed -n 's/ *layer_slots: \([^ ]*\).*/\1/p' t2r/configs/smollm2-135m-exact.yaml)" >/root/log/start.log 2>&1
-    touch /root/log/start-there
-    [ "$1" = second ] || GPU=1 START=$start RECIPE=$whole bash docs/results/gpu/row.sh 64-0
 }
 
 lane() { # of a GPU: NAME RECIPE key=value ..., one row a line; those of 64 slots have one start
@@ -75,14 +73,16 @@ paper $whole $paper" ;;
 }
 
 main() {
-    until [ -d /root/teacher ]; do sleep 1; done
+    trap 'touch /root/log/all-done' EXIT # also of what failed before any row: watch.sh ends then, and the calls after it
+    python3 docs/results/gpu/teacher.py >/root/log/teacher.log 2>&1 || exit
     sed '1i ablation: off' t2r/recipes/memory.yaml >$whole
-    begin "$1" &
-    tokens "$1"
-    until [ -f /root/log/start-there ]; do sleep 1; done
+    tokens "$1" &
+    local tokens=$!
+    begin || exit
+    [ "$1" = second ] || GPU=1 START=$start RECIPE=$whole bash docs/results/gpu/row.sh 64-0 &
+    wait $tokens || exit
     for gpu in 0 1 2 3; do rows "$1" $gpu | lane $gpu & done
     wait
-    touch /root/log/all-done
 }
 
 if [ "${2:-}" = main ]; then main "$1"; else setsid nohup bash "$0" "$1" main >/root/log/plan.log 2>&1 </dev/null & fi

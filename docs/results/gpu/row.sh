@@ -9,7 +9,6 @@
 set -u
 name=$1
 shift
-until [ -d /root/teacher ]; do sleep 1; done
 units=/root/reports/.$name.partial/units
 mkdir -p /root/log /root/runs /root/units "$units"
 export CUDA_VISIBLE_DEVICES=${GPU:-0}
@@ -28,7 +27,7 @@ compare() {
         --dtype bfloat16 --data /root/data/eval --device cuda:0,cuda:0 --out "/root/reports/$name"
     say "done, $?"
     kill $gather
-    python3 docs/results/gpu/numbers.py "/root/reports/$name/report.json" >"/root/log/$name.numbers"
+    python3 docs/results/gpu/summary.py "/root/reports/$name/report.json" >"/root/log/$name.numbers"
 }
 train() {
     case $name in

@@ -3,8 +3,8 @@
 #     mkdir -p /root/parts; cp CARRIED/part.* /root/parts      in a call for each piece
 #     source docs/results/gpu/unpack.sh                         again in every later call
 #
-# Afterwards: packages in /tmp/site, the code in /root/repo, the original in /root/teacher (being made for 36 seconds),
-# benchmarks in /root/data/eval, text in /root/data/corpus. Calls follow one another within 30 seconds, or the machine is
+# Afterwards: packages in /tmp/site, the code in /root/repo, the packed original in /root/unpacked/model (plan.sh makes it
+# /root/teacher), benchmarks in /root/data/eval, text in /root/data/corpus. Calls follow one another within 30 seconds, or the machine is
 # taken back with all that is on it: send the last piece, unpack.sh, plan.sh and watch.sh in one call, and let it run.
 if [ ! -d /root/repo ]; then
     mkdir -p /root/unpacked /tmp/site /root/log
@@ -12,7 +12,6 @@ if [ ! -d /root/repo ]; then
     tar -xzf /root/unpacked/site.tgz -C /tmp
     mv /root/unpacked/data /root/data && tar -xzf /root/data/eval.tgz -C /root/data
     cp -r . /root/repo
-    (setsid nohup env PYTHONPATH=/root/repo:/tmp/site python3 docs/results/gpu/teacher.py >/root/log/teacher.log 2>&1 &)
 fi
 export PYTHONPATH=/root/repo:/tmp/site HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 PYTHONUNBUFFERED=1 TQDM_DISABLE=1
 export MPLCONFIGDIR=/tmp/mpl

@@ -1,4 +1,4 @@
-"""The numbers of a report in a line a task, in the order of its columns: python numbers.py REPORT.json"""
+"""The numbers of a report in a line a task, in the order of its columns: python summary.py REPORT.json"""
 
 import json
 import sys
