@@ -50,6 +50,12 @@ def test_a_linked_folder_is_no_package_of_its_own(name):
     assert not (ROOT / name / "__init__.py").exists()
 
 
+def test_a_script_shadows_nothing():
+    """The folder of a script comes before the standard library: one named numbers.py ends every script beside it."""
+    scripts = {path.stem for path in (ROOT / "docs").rglob("*.py")}
+    assert len(scripts) > 10 and not scripts & sys.stdlib_module_names
+
+
 def test_the_wheel_holds_every_module_and_data_file(tmp_path):
     pytest.importorskip("setuptools", "77", reason="building the wheel needs setuptools: pip install -e '.[test]'")
     source = tmp_path / "source"
