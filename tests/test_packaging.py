@@ -56,6 +56,13 @@ def test_a_script_shadows_nothing():
     assert len(scripts) > 10 and not scripts & sys.stdlib_module_names
 
 
+@pytest.mark.parametrize("patch", sorted(ROOT.glob("docs/**/*.patch")), ids=lambda path: path.stem)
+def test_a_patch_that_waits_for_a_gpu_applies(patch):
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a clone")
+    subprocess.run(["git", "apply", "--check", patch], cwd=ROOT, check=True)
+
+
 def test_the_wheel_holds_every_module_and_data_file(tmp_path):
     pytest.importorskip("setuptools", "77", reason="building the wheel needs setuptools: pip install -e '.[test]'")
     source = tmp_path / "source"
