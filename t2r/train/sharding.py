@@ -213,12 +213,15 @@ def gather_gradients(optimizer) -> None:
     measure and clip these, and add new ones in one call, after which they go: the next backward pass then need not add
     to them, nor anyone zero them."""
     flat = optimizer.fp32_groups_gradients_flat
+    # not the optimizer: it would keep itself alive
+    groups = list(zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True))
 
     @torch.no_grad()
     def update_hp_grads(clear_lp_grads: bool = False) -> None:
-        for group, sums in zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True):
+        for group, sums in groups:
             new = [(total, p) for total, p in zip(sums, group, strict=True) if p.grad is not None]
-            torch._foreach_add_([total for total, _ in new], [p.grad.flatten() for _, p in new])
+            if new:
+                torch._foreach_add_([total for total, _ in new], [p.grad.flatten() for _, p in new])
             for _, p in new:
                 p.grad = None
 
