@@ -18,7 +18,7 @@ near='data.train=[] data.lookups=0 data.mix=[{"data":["/root/data/corpus/train-*
 
 tokens() { # what the runs of a plan ask for, at the same time: plain text, and with lookups of either kind
     local held='data.validation=["/root/data/corpus/validation-wiki.jsonl.zst"]' kinds=('' lookups-again:) pids=()
-    [ "$1" = final ] || kinds+=(lookups:)
+    [ "$1" = choose ] && kinds+=(lookups:)
     for kind in "${kinds[@]}"; do
         python3 -m t2r prepare smollm2-135m-exact source=/root/teacher "$fit" "$held" "data.train=[\"$kind/root/data/corpus/train-*.jsonl.zst\"]" \
             data.lookups=0 >"/root/log/prepare-${kind%:}.log" 2>&1 &
@@ -75,8 +75,10 @@ main() {
     tokens "$1" &
     local tokens=$!
     begin $start || exit
-    [ "$1" = final ] || (begin_far) || exit
-    [ "$1" = final ] || GPU=1 START=$start RECIPE=$whole bash docs/results/gpu/row.sh 64-0 &
+    if [ "$1" = choose ]; then
+        (begin_far) || exit
+        GPU=1 START=$start RECIPE=$whole bash docs/results/gpu/row.sh 64-0 &
+    fi
     wait $tokens || exit
     for gpu in 0 1; do rows "$1" $gpu | lane $gpu & done
     wait
