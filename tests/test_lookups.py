@@ -94,6 +94,15 @@ def test_texts_come_from_every_source_in_turn(run, tmp_path, tiny_llama, monkeyp
     assert ids.tolist() == [tokenizer(text).input_ids[:100] for text in texts]
 
 
+@pytest.mark.parametrize(
+    "spec, nearest",
+    [("lookup-again:shipped:train", "lookups-again:shipped:train"), ("shiped:train", "shipped:train")],
+)
+def test_a_misspelt_prefix_is_named(spec, nearest):
+    with pytest.raises(UserError, match=f"no data at {spec}.*nearest valid: {nearest}$"):
+        resolve([spec])
+
+
 def test_a_chat_is_refused(tmp_path):
     file = tmp_path / "chat.jsonl"
     file.write_text(json.dumps({"messages": [{"role": "user", "content": "Hello"}]}))

@@ -100,7 +100,10 @@ def resolve(specs: Sequence[str]) -> list[Source]:
                 continue
             if not path.exists():
                 siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-                other = nearest(path.name, siblings) or f"{SHIPPED}train, or files: 'data.train=[\"DIR/*.jsonl\"]'"
+                head, _, rest = spec.partition(":")
+                prefix = nearest(f"{head}:", [*MORE, SHIPPED]) if rest else None
+                other = prefix + rest if prefix else nearest(path.name, siblings)
+                other = other or f"{SHIPPED}train, or files: 'data.train=[\"DIR/*.jsonl\"]'"
                 raise UserError(f"no data at {spec}", where="data", nearest=other)
             format_of(path)
             found.append(Source(str(path), path))
