@@ -14,7 +14,7 @@ mkdir -p /root/log /root/runs /root/units "$units"
 export CUDA_VISIBLE_DEVICES=${GPU:-0}
 words=(source=/root/teacher device=cuda compare=null convert.verify=false
     'convert.eviction_text=["/root/data/corpus/train-00.jsonl.zst"]' 'data.train=["/root/data/corpus/train-*.jsonl.zst"]'
-    'data.validation=["/root/data/corpus/validation-wiki.jsonl.zst"]' stages.0.micro_batch=32 stages.1.micro_batch=4
+    'data.validation=["/root/data/corpus/validation-wiki.jsonl.zst"]' data.stream=true stages.0.micro_batch=32 stages.1.micro_batch=4
     stages.0.save_every=0 stages.1.save_every=0)
 # to look at held-out text costs a graph of its own and a minute of a row
 for stage in 0 1; do words+=(stages.$stage.validation_tokens=0 stages.$stage.validate_every=0); done
