@@ -46,6 +46,12 @@ def _convert(parser: argparse.ArgumentParser) -> None:
         help="text on which scores are fitted, half of it with lookups put in (default: t2r's own)",
     )
     parser.add_argument(
+        "--eviction-reach",
+        default="far",
+        help="what scores hold: far, the default, what is asked for late; near, what the next words need",
+        **one_of("near", "far"),
+    )
+    parser.add_argument(
         "--layer-slots", default="", metavar="LAYERS=N", help="slots in single layers, such as 0-3=128,9=256"
     )
     parser.add_argument(

@@ -127,6 +127,7 @@ def test_options_reach_the_target_by_keyword():
         "layer_slots": "",
         "keep_softmax": "",
         "eviction_text": ["shipped:train"],
+        "eviction_reach": "far",
     }
 
 

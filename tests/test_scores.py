@@ -1,6 +1,7 @@
 """Scores for eviction, fitted to a source: against sums and a simulation by hand, and a conversion from end to end."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from t2r.cli import main
 from t2r.convert import convert, evict
 from t2r.convert.checks import bonuses, decided
-from t2r.convert.evict import FADING, Attention, choose, distances, fit, log_mean, next_turn
+from t2r.convert.evict import FADING, REACH, Attention, choose, distances, fit, log_mean, next_turn
 from t2r.convert.source import open_source
 from t2r.convert.verify import load_gsa
 from t2r.evaluate.models import open_models, window_only
@@ -58,14 +59,16 @@ def test_the_next_token_in_a_slot():
     assert next_turn(turn)[0, :, 0].tolist() == [7, 3, 5, 4, 8, 8, 8, 8]
 
 
-def test_settings_that_lose_least_are_chosen():
+@pytest.mark.parametrize("times", REACH.values())
+def test_settings_that_lose_least_are_chosen(times, monkeypatch):
     """A head whose scores tell all keeps few tokens in any case; one whose scores tell the contrary keeps a window.
     What is lost by each setting is simulated here again, by lists."""
+    monkeypatch.setattr(evict, "AWAY", 30)
     T, H, gsa = 120, 2, preset("exact", slots=16, sinks=2)
     texts = [some_attention(T, H, 2, 4, seed, sharpness=3.0) for seed in range(2)]
     later = torch.stack([torch.stack(list(text.squares())).sum(1) for text in texts]).mT  # [N,T,H], all of it
     score = torch.log(later + 1e-3).double() * torch.tensor([1.0, -1.0])
-    recent, fading = choose(score, texts, gsa)
+    recent, fading = choose(score, texts, gsa, times)
 
     def lost(h, kept, rate):
         total = 0.0
@@ -76,7 +79,8 @@ def test_settings_that_lose_least_are_chosen():
                     old = [j for j in held[gsa.sinks :] if t - j >= kept]
                     out = min(old, key=lambda j: marks[j].item() / rate + j)
                     held.remove(out)
-                    total += squares[t:, out].sum().item()
+                    away = max(t, out + 30)
+                    total += squares[t:away, out].sum().item() + times * squares[away:, out].sum().item()
                 held.append(t)
         return total
 
@@ -86,13 +90,24 @@ def test_settings_that_lose_least_are_chosen():
     assert recent[0] < 7 < recent[1] == gsa.slots - gsa.sinks
 
 
+def test_reach_moves_a_head_from_its_window_to_what_is_read_late():
+    """A head that reads the last 14 tokens, and now and then, from AWAY on, those that its scores tell apart."""
+    at = torch.arange(160)
+    distance, marked = at[:, None] - at, (at % 11 == 5).double()
+    squares = ((distance >= 0) & (distance < 14)) + torch.where(distance >= evict.AWAY, 3 * marked, 0.0)
+    text = SimpleNamespace(squares=lambda: [squares])
+    score = torch.log(marked + 1e-3)[None, :, None]
+    kept = [choose(score, [text], preset("exact", slots=16, sinks=2), times)[0].item() for times in REACH.values()]
+    assert kept == [14, 1]
+
+
 def test_a_layer_is_fitted():
     """Bonuses are centred, and order tokens as what is read later does where that is linear in the input."""
     N, T, gsa = 4, 200, preset("exact", slots=16, sinks=2)
     texts = [some_attention(T, 2, 2, 4, seed, sharpness=3.0) for seed in range(N)]
     later = torch.stack([text.read_later() for text in texts]).mT
     hidden = torch.cat([torch.log(later + 1e-6), torch.randn(N, T, 6)], dim=-1)
-    found, larger = fit(hidden, texts, [gsa, preset("exact", slots=40, sinks=2)])
+    found, larger = fit(hidden, texts, [gsa, preset("exact", slots=40, sinks=2)], "far")
     assert larger["recent"].max() <= 38 and not torch.equal(larger["recent"], found["recent"])
     bonus = hidden @ found["bonus.weight"].T + found["bonus.bias"]
     assert bonus[:, gsa.sinks :].mean((0, 1)).abs().max() < 1e-2 * bonus.std()
@@ -107,8 +122,9 @@ def test_settings_are_chosen_on_texts_with_lookups(monkeypatch):
     chosen = []
     monkeypatch.setattr(evict, "choose", lambda *given: chosen.append(given) or choose(*given))
     texts, hidden = [some_attention(200, 2, 2, 4, seed, 3.0) for seed in range(8)], torch.randn(8, 200, 6)
-    fit(hidden, texts, [preset("exact", slots=16, sinks=2)])
-    ((score, taken, _),) = chosen
+    fit(hidden, texts, [preset("exact", slots=16, sinks=2)], "far")
+    ((score, taken, _, times),) = chosen
+    assert times == REACH["far"]
     assert [next(n for n, text in enumerate(texts) if text is one) for one in taken] == [7, 5] and len(score) == 2
 
     monkeypatch.setattr(evict, "blocks", lambda tokenizer, specs, *_: specs)

@@ -1,6 +1,7 @@
 """What eviction by score keeps of a list that is asked for later, and of plain text, without training.
 
-    python docs/results/reach.py fit SOURCE TEXT OUT.pt [--slots 0=32,1-29=64] [--context T] [--far T] [--episode CHARS]
+    python docs/results/reach.py fit SOURCE TEXT OUT.pt [--slots 0=32,1-29=64] [--reach far]
+                                                       [--context T] [--far T] [--episode CHARS]
     python docs/results/reach.py read SOURCE BOOKS WIKI OUT.json FIT.pt [FIT.pt ...]
 
 fit: the tensors of each layer that `t2r convert --eviction score` makes from TEXT. read: the share of the source's
@@ -34,14 +35,14 @@ def documents(path: str):
     return (text for source in resolve([path]) for text in source.documents("text"))
 
 
-def fit(source, layer_slots: str, text: str, context: int, far: int, episode: int) -> dict:
+def fit(source, layer_slots: str, text: str, context: int, far: int, episode: int, reach: str) -> dict:
     """{layer: (its choices, its tensors)}"""
     lookups.EPISODE, evict.FAR = episode, far
     model = load_source(source, torch.float32)
     slots = layer_numbers(layer_slots, model.config.num_hidden_layers, "--slots")
     gsa = fit_layers(preset("exact", 64, None, "score"), model.config, slots, []).gsa_layers(model.config)
     ids = evict.score_texts(source.load_tokenizer(), [text], evict.TEXTS, context)
-    fitted = evict.fit_mixers(model, ids, {i: [layer] for i, layer in gsa.items()})
+    fitted = evict.fit_mixers(model, ids, {i: [layer] for i, layer in gsa.items()}, reach)
     return {i: (gsa[i].to_dict(), tensors) for i, (tensors,) in fitted.items()}
 
 
@@ -113,6 +114,7 @@ def main() -> None:
     one.add_argument("--slots", default="0-29=64")
     for name, value in (("context", 1024), ("far", 512), ("episode", 3600)):
         one.add_argument(f"--{name}", type=int, default=value)
+    one.add_argument("--reach", choices=evict.REACH, default="near")
     one = verbs.add_parser("read")
     for name in ("source", "books", "wiki", "out"):
         one.add_argument(name)
@@ -121,7 +123,7 @@ def main() -> None:
     arguments = parser.parse_args()
     source = open_source(arguments.source)
     if arguments.verb == "fit":
-        words = arguments.slots, arguments.text, arguments.context, arguments.far, arguments.episode
+        words = arguments.slots, arguments.text, arguments.context, arguments.far, arguments.episode, arguments.reach
         torch.save(fit(source, *words), arguments.out)
         return
     fits = {Path(path).stem: torch.load(path) for path in arguments.fits}

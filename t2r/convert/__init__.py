@@ -36,6 +36,7 @@ def convert(
     layer_slots: str = "",
     keep_softmax: str = "",
     eviction_text: Sequence[str] = ("shipped:train",),
+    eviction_reach: str = "far",
 ) -> None:
     """Convert `source` (hub id, folder, GGUF file or package:NAME) into the new folder `out`.
 
@@ -44,7 +45,8 @@ def convert(
     slots, sinks: in place of the preset's. layer_slots: in place of slots in single layers, such as "0-3=128,9=256".
     keep_softmax: layers that stay as they are, such as "0,8-11".
     eviction: which token makes room, the "oldest" or by "score": that which the source's own attention, on
-    `eviction_text` (as DataConfig.train), would miss least.
+    `eviction_text` (as DataConfig.train), would miss least. eviction_reach: "far" holds what is asked for late longer,
+    "near" what the next words need.
     dtype: name of the dtype to write, default the source's (float32 for GGUF).
     dry_run: print the plan and stop. verify: prove the result before it gets its name; nothing is left if that fails.
     hash: record the SHA-256 of every file of the source. shard_size: bytes of a weight file at most, default 5 GB.
@@ -78,14 +80,14 @@ def convert(
         return
     opened.load_tokenizer()
     preflight(out, plan.disk_bytes, plan.ram_bytes)
-    resume = state_of(plan, *(eviction_text if eviction == "score" else ()))
+    resume = state_of(plan, *((*eviction_text, eviction_reach) if eviction == "score" else ()))
     with FolderWriter(out, plan.targets, shard_size or SHARD_SIZE, resume=resume) as writer:
         if writer.written:
             print(f"going on    a killed run has written {len(writer.written)} of {len(plan.targets)} tensors")
         scores = {}
         if any(".bonus." in name for name in plan.new_tensors if name not in writer.written):
             with timed("scores fit"):
-                scores = fit_scores(opened, plan.gsa.gsa_layers(plan.config), eviction_text)
+                scores = fit_scores(opened, plan.gsa.gsa_layers(plan.config), eviction_text, eviction_reach)
         with timed("copied", sum(writer.nbytes(name) for name in plan.targets if name not in writer.written)):
             digests = write_weights(plan, writer, hash, scores)
             made = write_rest(plan, writer.path, digests)

@@ -45,13 +45,15 @@ TEXTS, CONTEXT = 32, 1024
 TRIED = 8  # of the texts: settings are chosen on those of them that have lookups, with scores fitted to the others
 RECENT = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 1)  # of the slots beside the sinks; 1 is a plain window
 FADING = tuple(2.0**-e for e in range(5, 11))  # of the score, in nats a token
+AWAY = 100  # tokens, from which on attention counts REACH times where settings are chosen
+REACH = {"near": 1.0, "far": 4.0}
 
 
-def fit_scores(source: Source, gsa: dict[int, GSAConfig], text: Sequence[str]) -> dict[str, Tensor]:
+def fit_scores(source: Source, gsa: dict[int, GSAConfig], text: Sequence[str], reach: str) -> dict[str, Tensor]:
     """Name -> values of the tensors with which each layer that evicts by score does so. gsa: the layers with slots.
 
-    text: as DataConfig.train; every second of its documents is read with lookups. On a GPU if there is one and the
-    memory to load the source, else a layer at a time. Raises UserError where no text is long enough.
+    text: as DataConfig.train; every second of its documents is read with lookups. reach: of REACH. On a GPU if there is
+    one and the memory to load the source, else a layer at a time. Raises UserError where no text is long enough.
     """
     context = min(CONTEXT, trained_context(source.config))
     otherwise = "--eviction-text shipped:train"
@@ -63,7 +65,7 @@ def fit_scores(source: Source, gsa: dict[int, GSAConfig], text: Sequence[str]) -
     else:
         model = Pages(empty_model(softmax_config(source)), source).model
     path = FAMILIES[source.config.model_type].attention
-    fitted = fit_mixers(model, ids, {i: [layer] for i, layer in gsa.items() if layer.scored})
+    fitted = fit_mixers(model, ids, {i: [layer] for i, layer in gsa.items() if layer.scored}, reach)
     return {f"model.{path.format(i)}.{name}": x for i, (one,) in fitted.items() for name, x in one.items()}
 
 
@@ -73,7 +75,9 @@ def score_texts(tokenizer, text: Sequence[str], texts: int, context: int, **opti
 
 
 @torch.inference_mode()
-def fit_mixers(model, ids: Tensor, options: dict[int, list[GSAConfig]]) -> dict[int, list[dict[str, Tensor]]]:
+def fit_mixers(
+    model, ids: Tensor, options: dict[int, list[GSAConfig]], reach: str
+) -> dict[int, list[dict[str, Tensor]]]:
     """The tensors of each layer, for each of the ways in which it could have slots, on what `model` reads in ids [N,T].
     model: the source."""
     found, inputs = {}, {}
@@ -81,7 +85,7 @@ def fit_mixers(model, ids: Tensor, options: dict[int, list[GSAConfig]]) -> dict[
     def note(module, query: Tensor, key: Tensor, scaling: float) -> None:
         i, hidden = module.layer_idx, inputs.pop(module.layer_idx)
         texts = [Attention(*one, scaling, window(model.config, i)) for one in zip(query, key, strict=True)]
-        found[i] = fit(hidden, texts, options[i])
+        found[i] = fit(hidden, texts, options[i], reach)
 
     def keep(module, args, kwargs) -> None:
         inputs[module.layer_idx] = kwargs["hidden_states"]
@@ -163,9 +167,9 @@ class Attention(NamedTuple):
         return torch.stack([(squares * later).sum(0) for squares in self.squares()])
 
 
-def fit(hidden: Tensor, texts: list[Attention], options: list[GSAConfig]) -> list[dict[str, Tensor]]:
+def fit(hidden: Tensor, texts: list[Attention], options: list[GSAConfig], reach: str) -> list[dict[str, Tensor]]:
     """The tensors of one layer for each number of slots that it could have, float32 on the CPU. hidden [N,T,W]: the
-    mixer's input; texts: what it makes of it."""
+    mixer's input; texts: what it makes of it; reach: of REACH."""
     T, sinks = hidden.shape[1], options[0].sinks
     told = slice(sinks, T - distances(T)[1])  # tokens whose later readers are in the text
     later = torch.stack([text.read_later() for text in texts])
@@ -177,7 +181,7 @@ def fit(hidden: Tensor, texts: list[Attention], options: list[GSAConfig]) -> lis
     weight, centre = log_mean(x, y), hidden[:, sinks:].double().mean((0, 1))
     found = []
     for gsa in options:
-        recent, fading = choose(score, [texts[n] for n in asking], gsa)
+        recent, fading = choose(score, [texts[n] for n in asking], gsa, REACH[reach])
         tensors = {"bonus.weight": weight / fading[:, None], "recent": recent}
         tensors["bonus.bias"] = -(tensors["bonus.weight"] @ centre)
         found.append({name: x.float().cpu() for name, x in tensors.items()})
@@ -214,8 +218,9 @@ def log_mean(x: Tensor, y: Tensor) -> Tensor:
         return (whitening @ u).detach().mT
 
 
-def choose(score: Tensor, texts: list[Attention], gsa: GSAConfig) -> tuple[Tensor, Tensor]:
-    """(tokens that stay in any case, fading of the score a token) of each head [H], with score [N,T,H] in nats."""
+def choose(score: Tensor, texts: list[Attention], gsa: GSAConfig, times: float) -> tuple[Tensor, Tensor]:
+    """(tokens that stay in any case, fading of the score a token) of each head [H], with score [N,T,H] in nats: what
+    loses least of the texts' squared attention, of which that from AWAY on counts so many times."""
     (N, T, H), M, room = score.shape, gsa.slots, gsa.ring - gsa.sinks
     settings = [(max(1, int(share * room)), rate) for share in RECENT for rate in FADING]
     recent, fading = torch.tensor(settings, device=score.device, dtype=score.dtype).T
@@ -225,9 +230,11 @@ def choose(score: Tensor, texts: list[Attention], gsa: GSAConfig) -> tuple[Tenso
     turn, *_ = evict(bonus, recent.repeat(H), at.expand(N, T), None, state.rank, state.stamp, gsa.ring, gsa.sinks)
     end = next_turn(turn).unflatten(2, (H, -1))
     lost = score.new_zeros(H, len(settings))
+    counts = torch.where(at[:, None] - at >= AWAY, times, 1.0)
     for n, text in enumerate(texts):
         for h, squares in enumerate(text.squares()):
-            rest = torch.nn.functional.pad(squares.flip(0).cumsum(0).flip(0), (0, 0, 0, 1))  # [T+1,T], from a query on
+            rest = (counts * squares).flip(0).cumsum(0).flip(0)
+            rest = torch.nn.functional.pad(rest, (0, 0, 0, 1))  # [T+1,T], from a query on
             lost[h] += rest[end[n, :, h], at[:, None]].sum(0)
     best = lost.argmin(1)
     return recent[best], fading[best]
