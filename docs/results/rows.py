@@ -1,0 +1,163 @@
+"""The table and the curve of smollm2-135m-exact, from the reports of its rows: python docs/results/rows.py
+
+Reads docs/results/memory/ROW/report.json of every row that has one; writes docs/results/memory/README.md and rows.png
+beside it. The first table is the one at the top of the project's README.
+"""
+
+import json
+from pathlib import Path
+
+FOLDER = Path(__file__).parent / "memory"
+ROWS = {  # folder: what it is
+    "64-0": "0 tokens, near",
+    "64-1m": "1.3M, near",
+    "64-10m": "10.5M, near",
+    "64-30m": "31.5M, near",
+    "64-30m-far": "31.5M, far",
+    "128": "128 slots, 31.5M, near",
+}
+COMMITS = dict.fromkeys(ROWS, "79b2b20")
+SHORT = ("64-0", "64-30m", "64-30m-far", "128")
+PERPLEXITY = {f"WikiText-2, perplexity @ {n}": (f"wikitext-{n}", f"first {n}") for n in (1024, 2048, 8192)}
+LATE = {
+    f"tokens {low:,} to {high - 1:,} of 65,536": ("wikitext-65536", f"[{low}, {high})")
+    for low, high in ((0, 8192), (8192, 16384), (16384, 32768), (32768, 65536))
+}
+TASKS = {
+    "PIQA": ("piqa", "acc"),
+    "ARC-e": ("arc-easy", "acc"),
+    "ARC-c": ("arc-challenge", "acc_norm"),
+    "HellaSwag": ("hellaswag", "acc_norm"),
+    "WinoGrande": ("winogrande", "acc"),
+}
+DISTANCES = (64, 128, 256, 512, 1024, 2048)
+CODES = {
+    f"a code of a list of eight, {n:,} tokens later": ("pairs-later", f"8 pairs, {n:,} tokens ago") for n in DISTANCES
+}
+NEEDLE = {f"needle, {n:,} tokens": ("needle", f"{n:,} tokens") for n in (256, 512, 1024, 2048, 4096)}
+LAMBADA = {"LAMBADA, accuracy": ("lambada", "accuracy")}
+
+
+def load(row: str) -> dict:
+    return json.loads((FOLDER / row / "report.json").read_text())
+
+
+class Column:
+    """The numbers of one model of a report."""
+
+    def __init__(self, report: dict, name: str) -> None:
+        self.report, self.name = report, name
+
+    def number(self, task: str, metric: str) -> tuple[float, float]:
+        """(value, standard error)"""
+        one = self.report["results"][task]["metrics"][metric][self.name]
+        return one["value"], one["stderr"]
+
+    def mean(self) -> tuple[float, float]:
+        """Of the five short tasks."""
+        found = [self.number(*task) for task in TASKS.values()]
+        return sum(value for value, _ in found) / len(found), sum(e * e for _, e in found) ** 0.5 / len(found)
+
+    def cell(self, task: str, metric: str, error: bool) -> str:
+        value, stderr = self.mean() if task == "mean" else self.number(task, metric)
+        if task.startswith("wikitext"):
+            digits = 2 if value < 1000 else 0
+            return f"{value:,.{digits}f}" + (f" +- {stderr:,.{digits}f}" if error else "")
+        return f"{100 * value:.1f}" + (f" +- {100 * stderr:.1f} %" if error else " %")
+
+
+def columns(rows: tuple[str, ...]) -> dict[str, Column]:
+    reports = {row: load(row) for row in rows}
+    return {"original": Column(reports[rows[0]], "original")} | {
+        ROWS[row]: Column(report, row) for row, report in reports.items()
+    }
+
+
+def table(measures: dict[str, tuple[str, str]], shown: dict[str, Column], error: bool) -> list[str]:
+    lines = ["| | " + " | ".join(shown) + " |", "|---" * (len(shown) + 1) + "|"]
+    return lines + [
+        f"| {label} | " + " | ".join(column.cell(*measure, error) for column in shown.values()) + " |"
+        for label, measure in measures.items()
+    ]
+
+
+def short() -> list[str]:
+    mean = {f"{', '.join(TASKS)}, mean": ("mean", "")}
+    return table(PERPLEXITY | LAMBADA | mean | dict(list(CODES.items())[1:5]), columns(SHORT), error=False)
+
+
+def rows() -> tuple[str, ...]:
+    return tuple(row for row in ROWS if (FOLDER / row / "report.json").exists())
+
+
+def full() -> list[str]:
+    mean = {"mean of the five": ("mean", "")}
+    return table(PERPLEXITY | LATE | LAMBADA | TASKS | mean | CODES | NEEDLE, columns(rows()), error=True)
+
+
+def made() -> list[str]:
+    """How each row was made."""
+    lines = ["| row | slots a layer | tokens | seed | commit | hardware |", "|---|---|---|---|---|---|"]
+    for row in rows():
+        report, config = load(row), FOLDER / row / "config.yaml"
+        one, name, seed = report["models"][row], row, ""
+        if config.exists():
+            name = f"[{row}]({row}/config.yaml)"
+            seed = next(line.split()[1] for line in config.read_text().splitlines() if line.startswith("seed:"))
+        facts = name, one["gsa"]["slots"], f"{one['trained_tokens'] or 0:,}", seed, COMMITS[row], report["hardware"]
+        lines.append(f"| {' | '.join(map(str, facts))} |")
+    return lines
+
+
+def plot() -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    curve = [row for row in ("64-0", "64-1m", "64-10m", "64-30m") if (FOLDER / row / "report.json").exists()]
+    shown = columns(tuple(curve))
+    original, *trained = shown.values()
+    tokens = [(load(row)["models"][row]["trained_tokens"] or 0) / 1e6 for row in curve]
+    far = Column(load("64-30m-far"), "64-30m-far")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for n in (1024, 2048):
+        key = f"wikitext-{n}", f"first {n}"
+        (line,) = left.plot(
+            tokens, [c.number(*key)[0] / original.number(*key)[0] for c in trained], "o-", label=f"@ {n}"
+        )
+        left.plot(
+            tokens[-1], far.number(*key)[0] / original.number(*key)[0], "*", color=line.get_color(), markersize=11
+        )
+    left.set(xlabel="million tokens", ylabel="perplexity, original = 1", ylim=(1, None))
+    for n in (128, 256, 512, 1024):
+        key = CODES[f"a code of a list of eight, {n:,} tokens later"]
+        (line,) = right.plot(tokens, [100 * c.number(*key)[0] for c in trained], "o-", label=f"{n:,} tokens later")
+        right.plot(tokens[-1], 100 * far.number(*key)[0], "*", color=line.get_color(), markersize=11)
+    right.set(xlabel="million tokens", ylabel="codes recalled, %", ylim=(0, None))
+    for axes in (left, right):
+        axes.set_xscale("symlog", linthresh=1)
+        axes.set_xticks([0, 1, 10, 30], ["0", "1", "10", "30"])
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False, fontsize=8)
+    figure.savefig(FOLDER / "rows.png", dpi=110)
+
+
+def page() -> str:
+    parts = [
+        "# SmolLM2-135M-Instruct without a key-value cache",
+        "Written by [rows.py](../rows.py) from the reports beside it. Recipe `memory`: test text, all items, bfloat16, "
+        "standard errors over blocks or items. near, far: `convert.eviction_reach`. Slots are those of a layer on "
+        "average, by need.",
+        "\n".join(short()),
+        "![Perplexity and recall by tokens of training; stars: far](rows.png)",
+        "\n".join(full()),
+        "\n".join(made()),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    plot()
+    (FOLDER / "README.md").write_text(page())
+    print("\n".join(short()))
