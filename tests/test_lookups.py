@@ -2,15 +2,19 @@
 
 import json
 import re
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
 from t2r.convert.evict import blocks
 from t2r.data import lookups
 from t2r.data.lookups import EPISODE, with_lookups
+from t2r.data.packing import Rows, batch
 from t2r.data.prepare import RunData, parts, training, validation
 from t2r.data.sources import resolve
+from t2r.data.tokens import Tokens, request, tokenise
 from t2r.errors import UserError
 from t2r.schema import PartConfig, load_run
 
@@ -54,6 +58,36 @@ def test_what_is_asked_was_stated(monkeypatch, kind):
         assert later[0] > 100 and later[2] == 0
 
 
+@pytest.mark.parametrize("kind", [lookups.NEAR, lookups.AGAIN])
+def test_answers_are_marked_with_where_they_were_said(kind, tmp_path, tiny_llama):
+    """Of each answer the place, and that of the fact's last mention: in the text, in tokens, and in rows."""
+    tokenizer, texts = AutoTokenizer.from_pretrained(tiny_llama), [article(n) * 4 for n in range(8)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (shard,) = tokenise(request([f"{kind}{tmp_path / 'text.jsonl'}"], "text", 1), tokenizer, tmp_path / "cache").shards
+    expected, forms = np.zeros(len(shard.ids), int), 0
+    for start, made in zip(shard.starts, (with_lookups(text, kind) for text in texts), strict=True):
+        at = np.array(tokenizer(made, return_offsets_mapping=True)["offset_mapping"])
+        for begin, end, said in made.answers:
+            value = made[begin:end]
+            assert re.fullmatch(r"\w+", value) and value in made[said : said + 120] and said + 3 < begin
+            forms |= 1 << value.isdigit()
+            first = min(i for i, (_, high) in enumerate(at) if high > said)
+            for i, (low, high) in enumerate(at):
+                if low < end and high > begin:
+                    expected[start + i] = i - first
+    assert forms == 3 and np.array_equal(shard.back, expected)
+    assert shard.back.max() > (1500 if kind == lookups.AGAIN else 500)
+
+    rows, found = Rows(Tokens([shard]), 256), 0
+    for n in range(len(shard.ids) // 256):
+        known = [i for i in range(1, 257) if 0 < expected[256 * n + i] <= i]
+        assert (rows.read(n).answers + 1).tolist() == known
+        found += len(known)
+    assert 0 < found < np.count_nonzero(expected)
+    first = rows.read(0), rows.read(1)
+    assert batch(first, 1.0).answers.tolist() == [*first[0].answers, *(first[1].answers + 256), 0]
+
+
 def test_a_short_text_stays_as_it_is():
     assert with_lookups("Too short. For that.") == "Too short. For that."
 
@@ -84,6 +118,13 @@ def test_a_share_of_the_rows_has_lookups(run, tmp_path, tiny_llama, monkeypatch)
     assert 0 < sum(x is not None for x in taken[2]) < 30
     for before, after in zip(*taken[:2], strict=True):
         assert after == (before and with_lookups(before, lookups.AGAIN))
+
+
+def test_answers_need_a_tokenizer_that_tells_places(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = load_run("quickstart", [*run, "stages.0.kind=distill", "stages.0.loss.answers=text"])
+    with pytest.raises(UserError, match="cannot say where answers are"):
+        RunData(settings, SimpleNamespace(is_fast=False))
 
 
 def test_texts_come_from_every_source_in_turn(run, tmp_path, tiny_llama, monkeypatch):

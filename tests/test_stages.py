@@ -68,6 +68,30 @@ def test_of_a_chat_distill_imitates_the_assistant_and_align_all():
     assert torch.equal(Align(STAGE).loss(student, teacher, chat)[0], Align(STAGE).loss(student, teacher, whole)[0])
 
 
+def test_answers_are_learned_from_the_text():
+    """Cross-entropy at the answers, in place of what the teacher would say there."""
+    student, teacher = student_model(), teacher_model()
+    batch, options = batch_of(PACKED), LossConfig(kl=0.7, answers="text")
+    places = torch.nonzero(batch.labels.flatten() != UNLABELLED)[[3, 7, 20], 0]
+    stage = STAGES["distill"](replace(STAGE, kind="distill", loss=options))
+    ours, theirs = (log_softmax(head(m)(hidden_states(m, batch)), -1).flatten(0, 1) for m in (student, teacher))
+    labels = batch.labels.flatten()
+    for answers in (places, places[:0]):
+        loss, metrics = stage.loss(student, teacher, replace(batch, answers=torch.cat([answers, torch.tensor([0])])))
+        rest = (labels != UNLABELLED).index_fill(0, answers, False)
+        kl = (theirs.exp() * (theirs - ours)).sum(-1)[rest].sum() / batch.share
+        ce = -ours.gather(-1, labels.clamp(min=0)[:, None])[:, 0]
+        of_rest, of_answers = (ce[which].sum() / batch.share for which in (rest, answers))
+        expected = 0.7 * kl + 0.3 * of_rest + of_answers
+        torch.testing.assert_close(loss, expected, rtol=1e-4, atol=0)
+        torch.testing.assert_close(metrics["kl"], kl.detach(), rtol=1e-4, atol=0)
+        torch.testing.assert_close(metrics["ce"], (of_rest + of_answers).detach(), rtol=1e-4, atol=0)
+        trained = [p for p in student.parameters() if p.requires_grad]
+        found, wanted = (torch.autograd.grad(x, trained, retain_graph=True) for x in (loss, expected))
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
+
+
 def test_packed_align_is_the_relative_error_of_the_documents_alone():
     student, teacher = student_model(), teacher_model()
     batch = batch_of(PACKED)

@@ -41,16 +41,31 @@ SENTENCE = re.compile(r".+?(?:[.!?]\s+|\Z)", re.DOTALL)
 
 class Fact(NamedTuple):
     """place: where it is stated, 0 to 1 in the first half of its episode. stated, asked: the texts of that, and of the
-    question with its answer."""
+    question with its answer, the value."""
 
     key: str
+    value: str
     place: float
     stated: str
     asked: str
 
 
+class Piece(NamedTuple):
+    """A stretch of the made text: a sentence, or what is said of a fact."""
+
+    text: str
+    fact: Fact | None = None
+    is_question: bool = False
+
+
+class Asked(str):
+    """A text with lookups. answers: (begin, end, said) of each, in characters; there the fact was last said before."""
+
+    answers: list[tuple[int, int, int]]
+
+
 def with_lookups(text: str, kind: str = NEAR) -> str:
-    """The document with facts and questions; as it is where it has too few words for that."""
+    """The document with facts and questions, Asked; as it is where it has too few words for that."""
     rng = random.Random(hashlib.sha256(text.encode()).digest())
     words = sorted(set(WORD.findall(text)))
     if len(words) < 4 * MOST:
@@ -60,14 +75,27 @@ def with_lookups(text: str, kind: str = NEAR) -> str:
         if sentence.start() >= EPISODE * len(parts):
             parts.append([])
         parts[-1].append(sentence[0])
-    made, told = [], []  # told: the facts of each of the last episodes that none after it has changed
+    pieces, told = [], []  # told: the facts of each of the last episodes that none after it has changed
     for part in parts:
         facts = draw(words, rng)
         keys = {fact.key for fact in facts}
         told = [[fact for fact in older if fact.key not in keys] for older in told[-BACK:]]
-        made.append(episode(part, facts, list(chain(*told)), MORE[kind], rng))
+        pieces += episode(part, facts, list(chain(*told)), MORE[kind], rng)
         told.append(facts)
-    return "".join(made)
+    return put_together(pieces)
+
+
+def put_together(pieces: list[Piece]) -> Asked:
+    made = Asked("".join(piece.text for piece in pieces))
+    made.answers, said, at = [], {}, 0
+    for text, fact, is_question in pieces:
+        if is_question:
+            begin = at + text.rindex(fact.value)
+            made.answers.append((begin, begin + len(fact.value), said[fact.key]))
+        if fact:
+            said[fact.key] = at
+        at += len(text)
+    return made
 
 
 def draw(words: list[str], rng: random.Random) -> list[Fact]:
@@ -81,21 +109,21 @@ def draw(words: list[str], rng: random.Random) -> list[Fact]:
     facts = []
     for key, value in zip(drawn[:count], drawn[count:], strict=True):
         place = 2 * together if together < 0.5 else rng.random()
-        facts.append(Fact(key, place, *(form.format(key=key, value=value) + " " for form in (stated, asked))))
+        facts.append(Fact(key, value, place, *(form.format(key=key, value=value) + " " for form in (stated, asked))))
     return facts
 
 
-def episode(sentences: list[str], facts: list[Fact], before: list[Fact], again: int, rng: random.Random) -> str:
+def episode(sentences: list[str], facts: list[Fact], before: list[Fact], again: int, rng: random.Random) -> list[Piece]:
     """Facts in the first half of the sentences, questions for some of them in the second half, and up to `again`
     questions for facts from `before` anywhere."""
     half = len(sentences) // 2
-    put = [(int(half * fact.place), fact.stated) for fact in facts]
+    put = [(int(half * fact.place), Piece(fact.stated, fact)) for fact in facts]
     asked = rng.choices(facts, k=rng.randint(1, len(facts) + 2))
-    put += [(rng.randint(half, len(sentences)), fact.asked) for fact in asked]
+    put += [(rng.randint(half, len(sentences)), Piece(fact.asked, fact, True)) for fact in asked]
     if again:
         asked = rng.sample(before, min(len(before), rng.randint(0, again)))
-        put += [(rng.randint(0, len(sentences)), fact.asked) for fact in asked]
-    places: dict[int, list[str]] = {}
-    for place, text in put:
-        places.setdefault(place, []).append(text)
-    return "".join(part for i, sentence in enumerate([*sentences, ""]) for part in [*places.get(i, []), sentence])
+        put += [(rng.randint(0, len(sentences)), Piece(fact.asked, fact, True)) for fact in asked]
+    places: dict[int, list[Piece]] = {}
+    for place, piece in put:
+        places.setdefault(place, []).append(piece)
+    return [piece for i, text in enumerate([*sentences, ""]) for piece in [*places.get(i, []), Piece(text)]]

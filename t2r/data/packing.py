@@ -7,7 +7,7 @@ document of its own. Nothing is remembered between steps, so a run resumes where
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -30,7 +30,9 @@ class Batch:
     input_ids [B,T]. labels [B,T]: the next token of the same document, UNLABELLED at its end. position_ids [B,T]: in
     the document. cu_seqlens [N+1] int64: bounds of the documents over the flattened [B*T] tokens. share []: labelled
     tokens of the whole optimizer step over the number of its forwards: what a summed loss is divided by, so that the
-    mean over the step's forwards, on any number of processes, is the mean over its tokens.
+    mean over the step's forwards, on any number of processes, is the mean over its tokens. answers [n+1] int64: places
+    of the labels, over the flattened tokens, that are answers of lookups to what the same row says, and a 0 that is no
+    answer.
     """
 
     input_ids: Tensor
@@ -38,6 +40,7 @@ class Batch:
     position_ids: Tensor
     cu_seqlens: Tensor
     share: Tensor
+    answers: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int64))
 
     def to(self, device: torch.device) -> "Batch":
         """On a GPU the copies are asynchronous, from pinned memory."""
@@ -55,11 +58,13 @@ class Batch:
 
 
 class Row(NamedTuple):
-    """One row: ids [T+1], the token after the row included; starts of its documents, 0 first; labels [T]."""
+    """One row: ids [T+1], the token after the row included; starts of its documents, 0 first; labels [T]; places of
+    those that are answers, as of Batch."""
 
     ids: np.ndarray
     starts: np.ndarray
     labels: np.ndarray
+    answers: np.ndarray
 
 
 class Rows:
@@ -156,7 +161,16 @@ class Rows:
         shard, begin = self.locate(row)
         ids = stretch(shard.ids, begin, begin + self.context + 1).astype(np.int64)
         starts, cut = self.bounds(row)
-        return Row(ids, starts, np.where(self.wanted(row, starts, cut), ids[1:], UNLABELLED))
+        labels = np.where(self.wanted(row, starts, cut), ids[1:], UNLABELLED)
+        return Row(ids, starts, labels, np.flatnonzero((labels != UNLABELLED) & self.answered(row)))
+
+    def answered(self, row: int) -> np.ndarray:
+        """[T] bool: whether the next token is an answer's, to a fact that is said in the row."""
+        shard, begin = self.locate(row)
+        if shard.back is None:
+            return np.zeros(self.context, bool)
+        back = stretch(shard.back, begin + 1, begin + self.context + 1)
+        return (back > 0) & (back <= np.arange(1, self.context + 1))
 
 
 class Mixture:
@@ -226,7 +240,9 @@ def batch(rows: Sequence[Row], share: float) -> Batch:
     positions = [np.arange(T) - np.repeat(row.starts, np.diff(np.append(row.starts, T))) for row in rows]
     cu_seqlens = np.concatenate([*(row.starts + i * T for i, row in enumerate(rows)), [len(rows) * T]])
     arrays = np.stack([row.ids[:-1] for row in rows]), np.stack([row.labels for row in rows]), np.stack(positions)
-    return Batch(*map(torch.from_numpy, (*arrays, cu_seqlens)), share=torch.tensor(float(share)))
+    answers = np.concatenate([*(row.answers + i * T for i, row in enumerate(rows)), [0]])
+    tensors = map(torch.from_numpy, (*arrays, cu_seqlens))
+    return Batch(*tensors, share=torch.tensor(float(share)), answers=torch.from_numpy(answers))
 
 
 def ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:

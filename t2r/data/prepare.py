@@ -13,10 +13,12 @@ from t2r.schema import DataConfig, PartConfig, RunConfig, StageConfig
 
 class RunData:
     """The tokens of all stages of a run, for training and for validation. Raises UserError for data that is missing, or
-    that has no row of a stage's context."""
+    that has no row of a stage's context, and for a tokenizer that cannot mark answers which a stage asks for."""
 
     def __init__(self, settings: RunConfig, tokenizer) -> None:
         self.settings, data = settings, settings.data
+        if not tokenizer.is_fast and any(stage.loss.answers == "text" for stage in settings.stages):
+            raise UserError("loss.answers is text: this tokenizer cannot say where answers are", nearest="teacher")
         load = tokenise_ahead if data.stream else tokenise
         self.training = [load(wanted, tokenizer, data.cache) for wanted in training(settings)]
         self.held_out = [tokenise(wanted, tokenizer, data.cache) for wanted in validation(settings)]

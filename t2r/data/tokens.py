@@ -25,18 +25,28 @@ from t2r.errors import UserError
 
 BATCH = 256  # documents that the tokenizer, which works in parallel, gets at a time
 SHARD = 2**24
-FORMAT = 3  # of the files below; a new number makes old caches unknown
+FORMAT = 4  # of the files below; a new number makes old caches unknown
 FACTS, COMPLETE, FAULT, LOCK = "shard.json", "complete.json", "fault.txt", ".lock"
 
 
 class Shard(NamedTuple):
     """ids [n] uint16 or uint32: documents one after the other, a text ended by the end-of-text token, a chat as its
     template ends it. starts [documents] int64: where each begins. learned [n] bool: the tokens to be predicted, None:
-    all. ids and learned are mapped: take `stretch`es of them."""
+    all. back [n] uint16: of an answer's tokens, how many tokens before the fact was said; else 0, None: no lookups.
+    All but starts are mapped: take `stretch`es of them."""
 
     ids: np.ndarray
     starts: np.ndarray
     learned: np.ndarray | None = None
+    back: np.ndarray | None = None
+
+
+class Encoded(NamedTuple):
+    """A document, as of Shard."""
+
+    ids: list[int]
+    learned: list[bool] | None = None
+    back: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -189,8 +199,9 @@ def open_shard(path: Path) -> Shard:
     try:
         facts = json.loads((path / FACTS).read_text())
         ids = np.load(path / "ids.npy", mmap_mode="r")
-        learned = np.load(path / "learned.npy", mmap_mode="r") if (path / "learned.npy").exists() else None
-        shard = Shard(ids, np.load(path / "starts.npy"), learned)
+        marks = (path / f"{name}.npy" for name in ("learned", "back"))
+        marks = (np.load(file, mmap_mode="r") if file.exists() else None for file in marks)
+        shard = Shard(ids, np.load(path / "starts.npy"), *marks)
         if (len(ids), len(shard.starts)) != (facts["tokens"], facts["documents"]):
             raise ValueError(f"{len(ids)} tokens of {facts['tokens']}")
         return shard
@@ -276,7 +287,7 @@ def write_shards(wanted: Request, tokenizer, folder: Path, parent: int | None) -
     tokens, begin = sum(facts["tokens"] for facts in done), done[-1]["next"] if done else [0, 0]
     place = begin
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
-    buffer: list[tuple[list[int], list[bool] | None]] = []
+    buffer: list[Encoded] = []
     size = 0
     with tqdm(
         desc="tokenising", unit=" tokens", unit_scale=True, initial=tokens, disable=not sys.stderr.isatty()
@@ -284,12 +295,12 @@ def write_shards(wanted: Request, tokenizer, folder: Path, parent: int | None) -
         for place, encoded in token_lists(wanted, tokenizer, begin):
             if parent is not None and os.getppid() != parent:
                 return
-            for ids, learned in encoded:
-                if learned is None and ids[-1:] != [tokenizer.eos_token_id]:
-                    ids = [*ids, tokenizer.eos_token_id]
-                buffer.append((ids, learned))
-                size += len(ids)
-                bar.update(len(ids))
+            for one in encoded:
+                if one.learned is None and one.ids[-1:] != [tokenizer.eos_token_id]:
+                    one = one._replace(ids=[*one.ids, tokenizer.eos_token_id])
+                buffer.append(one)
+                size += len(one.ids)
+                bar.update(len(one.ids))
             if size >= wanted.shard:
                 done.append(write_shard(buffer, dtype, place, folder, len(done)))
                 tokens, size, buffer = tokens + size, 0, []
@@ -305,19 +316,22 @@ def write_shards(wanted: Request, tokenizer, folder: Path, parent: int | None) -
     aside.rename(folder / COMPLETE)
 
 
-def write_shard(buffer: list, dtype: type, place: list[int], folder: Path, number: int) -> dict:
+def write_shard(buffer: list[Encoded], dtype: type, place: list[int], folder: Path, number: int) -> dict:
     """Write the folder of a shard aside, rename it, and return its facts. next: where to go on, see token_lists."""
     aside = folder / f".{shard_name(number)}"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
-    lengths = np.array([len(ids) for ids, _ in buffer])
-    arrays = {
-        "ids.npy": np.concatenate([np.array(ids, dtype) for ids, _ in buffer]),
-        "starts.npy": (np.cumsum(lengths) - lengths).astype(np.int64),
-    }
-    if any(learned is not None for _, learned in buffer):
-        marks = [np.ones(len(ids), bool) if learned is None else np.array(learned) for ids, learned in buffer]
+    lengths = np.array([len(one.ids) for one in buffer])
+    starts = (np.cumsum(lengths) - lengths).astype(np.int64)
+    arrays = {"ids.npy": np.concatenate([np.array(one.ids, dtype) for one in buffer]), "starts.npy": starts}
+    if any(one.learned is not None for one in buffer):
+        marks = [np.ones(len(one.ids), bool) if one.learned is None else np.array(one.learned) for one in buffer]
         arrays["learned.npy"] = np.concatenate(marks)
+    if any(one.back is not None for one in buffer):
+        arrays["back.npy"] = np.zeros(lengths.sum(), np.uint16)
+        for start, one in zip(starts, buffer, strict=True):
+            if one.back is not None:
+                arrays["back.npy"][start : start + len(one.back)] = one.back
     for name, array in arrays.items():
         np.save(aside / name, array)
     facts = {"tokens": int(lengths.sum()), "documents": len(lengths), "next": place}
@@ -327,10 +341,8 @@ def write_shard(buffer: list, dtype: type, place: list[int], folder: Path, numbe
     return facts
 
 
-def token_lists(
-    wanted: Request, tokenizer, place: Sequence[int]
-) -> Iterator[tuple[list[int], list[tuple[list[int], list[bool] | None]]]]:
-    """Batches of documents as (place behind them, [(ids, learned)]). A place is [source, documents of it]; one given
+def token_lists(wanted: Request, tokenizer, place: Sequence[int]) -> Iterator[tuple[list[int], list[Encoded]]]:
+    """Batches of documents as (place behind them, documents). A place is [source, documents of it]; one given
     begins there. Texts are encoded as the tokenizer begins a text, chats by its template."""
     first, skip = place
     for number, source in enumerate(wanted.sources[first:], start=first):
@@ -340,11 +352,30 @@ def token_lists(
             chosen = [taken for document in batch if has_text(taken := wanted.take(document, source))]
             texts = [document for document in chosen if isinstance(document, str)]
             chats = [document for document in chosen if not isinstance(document, str)]
-            encoded: list = []
-            if texts:
-                lists = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
-                encoded += [(ids, None) for ids in lists]
-            encoded += encode_chats(tokenizer, chats, source.name)
+            encoded = encode_texts(tokenizer, texts, bool(source.lookups and tokenizer.is_fast)) if texts else []
+            encoded += [Encoded(*chat) for chat in encode_chats(tokenizer, chats, source.name)]
             if encoded:
                 yield [number, skip], encoded
         skip = 0
+
+
+def encode_texts(tokenizer, texts: list[str], marked: bool) -> list[Encoded]:
+    """marked: with what a tokenizer that tells places says of the answers of lookups."""
+    found = tokenizer(texts, return_attention_mask=False, return_offsets_mapping=marked, verbose=False)
+    if not marked:
+        return [Encoded(ids) for ids in found["input_ids"]]
+    ends = [np.maximum.accumulate(np.array(offsets).reshape(-1, 2)) for offsets in found["offset_mapping"]]
+    return [
+        Encoded(ids, back=tokens_back(*end.T, getattr(text, "answers", [])))
+        for ids, end, text in zip(found["input_ids"], ends, texts, strict=True)
+    ]
+
+
+def tokens_back(low: np.ndarray, high: np.ndarray, answers: Sequence[tuple[int, int, int]]) -> np.ndarray:
+    """Shard.back of a text whose tokens reach from the characters low to high, neither of which ever falls."""
+    back = np.zeros(len(low), np.uint16)
+    for begin, end, said in answers:
+        first, last = np.searchsorted(high, begin, "right"), np.searchsorted(low, end, "left")
+        distance = np.arange(first, last) - np.searchsorted(high, said, "right")
+        back[first:last] = distance.clip(0, np.iinfo(np.uint16).max)
+    return back

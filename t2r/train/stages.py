@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from t2r.convert.checks import hooked
-from t2r.data.packing import Batch
+from t2r.data.packing import UNLABELLED, Batch
 from t2r.families import FAMILIES
 from t2r.modeling.attention import GSAttention
 from t2r.modeling.models import BY_BOUNDS
@@ -83,16 +83,30 @@ def attention_lessons(teacher, batch: Batch) -> list[tuple[Tensor, tuple[Tensor,
 
 
 class Distill(Stage):
-    """The student's logits imitate the teacher's: kl KL(teacher || student) + (1 - kl) cross-entropy."""
+    """The student's logits imitate the teacher's: kl KL(teacher || student) + (1 - kl) cross-entropy; at answers of
+    lookups cross-entropy alone, where loss.answers is text."""
 
     def loss(self, student, teacher, batch: Batch) -> Loss:
         with torch.no_grad():
             theirs = hidden_states(teacher, batch)
         ours = hidden_states(student, batch)
-        c = self.config.loss
-        mix = Mix(c.kl, 1 - c.kl, c.temperature)
-        loss, kl, ce = mixed_loss(student, ours, batch.labels, mix, c, teacher, theirs)
-        return loss / batch.share, {"kl": kl / batch.share, "ce": ce / batch.share}
+        c, labels, parts = self.config.loss, batch.labels, []
+        if c.answers == "text":
+            hidden, answers, labels = apart(ours, batch)
+            parts.append(mixed_loss(student, hidden, answers, Mix(kl=0.0, ce=1.0), c))
+        parts.append(mixed_loss(student, ours, labels, Mix(c.kl, 1 - c.kl, c.temperature), c, teacher, theirs))
+        loss, kl, ce = (sum(sums) / batch.share for sums in zip(*parts, strict=True))
+        return loss, {"kl": kl, "ce": ce}
+
+
+def apart(hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """(hidden states [1,n+1,W] and labels [1,n+1] of the n answers of lookups, labels [B,T] without them), hidden
+    [B,T,W]. The last of the n+1 has no label: a process without answers runs the head as often as the others."""
+    places, labels = batch.answers, batch.labels.flatten()
+    answers = labels[places]
+    answers[-1:].fill_(UNLABELLED)
+    rest = labels.index_fill(0, places[:-1], UNLABELLED)
+    return hidden.flatten(0, 1).index_select(0, places)[None], answers[None], rest.view_as(batch.labels)
 
 
 class LM(Stage):
