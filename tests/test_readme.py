@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -56,3 +57,9 @@ def test_files_that_the_readme_names_exist():
     )
     assert len(names) > 8
     assert [name for name in names if not (ROOT / name).exists()] == []
+
+
+def test_the_table_at_the_top_is_that_of_the_reports():
+    rows = runpy.run_path(str(ROOT / "docs" / "results" / "rows.py"))
+    assert "\n".join(rows["short"]()) in README
+    assert (rows["FOLDER"] / "README.md").read_text(encoding="utf-8") == rows["page"]()

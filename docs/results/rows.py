@@ -9,15 +9,15 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent / "memory"
 ROWS = {  # folder: what it is
-    "64-0": "0 tokens, near",
-    "64-1m": "1.3M, near",
-    "64-10m": "10.5M, near",
-    "64-30m": "31.5M, near",
-    "64-30m-far": "31.5M, far",
-    "128": "128 slots, 31.5M, near",
+    "64-0-near": "0 tokens, near",
+    "64-1m-near": "1.3M, near",
+    "64-10m-near": "10.5M, near",
+    "64-30m-near": "31.5M, near",
+    "64-30m": "31.5M, far",
+    "128-near": "128 slots, 31.5M, near",
 }
 COMMITS = dict.fromkeys(ROWS, "79b2b20")
-SHORT = ("64-0", "64-30m", "64-30m-far", "128")
+SHORT = ("64-0-near", "64-30m-near", "64-30m", "128-near")
 PERPLEXITY = {f"WikiText-2, perplexity @ {n}": (f"wikitext-{n}", f"first {n}") for n in (1024, 2048, 8192)}
 LATE = {
     f"tokens {low:,} to {high - 1:,} of 65,536": ("wikitext-65536", f"[{low}, {high})")
@@ -38,15 +38,17 @@ NEEDLE = {f"needle, {n:,} tokens": ("needle", f"{n:,} tokens") for n in (256, 51
 LAMBADA = {"LAMBADA, accuracy": ("lambada", "accuracy")}
 
 
-def load(row: str) -> dict:
-    return json.loads((FOLDER / row / "report.json").read_text())
-
-
 class Column:
-    """The numbers of one model of a report."""
+    """The numbers of one model of a row's report: the first is the original, the second the row's own."""
 
-    def __init__(self, report: dict, name: str) -> None:
-        self.report, self.name = report, name
+    def __init__(self, row: str, place: int = 1) -> None:
+        self.report = json.loads((FOLDER / row / "report.json").read_text())
+        self.name = list(self.report["models"])[place]
+        self.model = self.report["models"][self.name]
+
+    @property
+    def tokens(self) -> int:
+        return self.model["trained_tokens"] or 0
 
     def number(self, task: str, metric: str) -> tuple[float, float]:
         """(value, standard error)"""
@@ -67,10 +69,7 @@ class Column:
 
 
 def columns(rows: tuple[str, ...]) -> dict[str, Column]:
-    reports = {row: load(row) for row in rows}
-    return {"original": Column(reports[rows[0]], "original")} | {
-        ROWS[row]: Column(report, row) for row, report in reports.items()
-    }
+    return {"original": Column(rows[0], 0)} | {ROWS[row]: Column(row) for row in rows}
 
 
 def table(measures: dict[str, tuple[str, str]], shown: dict[str, Column], error: bool) -> list[str]:
@@ -99,12 +98,13 @@ def made() -> list[str]:
     """How each row was made."""
     lines = ["| row | slots a layer | tokens | seed | commit | hardware |", "|---|---|---|---|---|---|"]
     for row in rows():
-        report, config = load(row), FOLDER / row / "config.yaml"
-        one, name, seed = report["models"][row], row, ""
+        column, config = Column(row), FOLDER / row / "config.yaml"
+        name, seed = row, ""
         if config.exists():
             name = f"[{row}]({row}/config.yaml)"
             seed = next(line.split()[1] for line in config.read_text().splitlines() if line.startswith("seed:"))
-        facts = name, one["gsa"]["slots"], f"{one['trained_tokens'] or 0:,}", seed, COMMITS[row], report["hardware"]
+        slots, hardware = column.model["gsa"]["slots"], column.report["hardware"]
+        facts = name, slots, f"{column.tokens:,}", seed, COMMITS[row], hardware
         lines.append(f"| {' | '.join(map(str, facts))} |")
     return lines
 
@@ -115,11 +115,13 @@ def plot() -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    curve = [row for row in ("64-0", "64-1m", "64-10m", "64-30m") if (FOLDER / row / "report.json").exists()]
-    shown = columns(tuple(curve))
-    original, *trained = shown.values()
-    tokens = [(load(row)["models"][row]["trained_tokens"] or 0) / 1e6 for row in curve]
-    far = Column(load("64-30m-far"), "64-30m-far")
+    curve = [
+        row
+        for row in ("64-0-near", "64-1m-near", "64-10m-near", "64-30m-near")
+        if (FOLDER / row / "report.json").exists()
+    ]
+    original, *trained = columns(tuple(curve)).values()
+    tokens, far = [column.tokens / 1e6 for column in trained], Column("64-30m")
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     for n in (1024, 2048):
         key = f"wikitext-{n}", f"first {n}"
@@ -147,8 +149,8 @@ def page() -> str:
     parts = [
         "# SmolLM2-135M-Instruct without a key-value cache",
         "Written by [rows.py](../rows.py) from the reports beside it. Recipe `memory`: test text, all items, bfloat16, "
-        "standard errors over blocks or items. near, far: `convert.eviction_reach`. Slots are those of a layer on "
-        "average, by need.",
+        "standard errors over blocks or items. near, far: `convert.eviction_reach`, which is younger than the "
+        "configurations of the rows named near. Slots are those of a layer on average, by need.",
         "\n".join(short()),
         "![Perplexity and recall by tokens of training; stars: far](rows.png)",
         "\n".join(full()),

@@ -1,33 +1,34 @@
 #!/usr/bin/env bash
 # Rows of the table of smollm2-135m-exact, in their order on as many GPUs as there are, after unpack.sh; then watch.sh:
 #
-#     bash docs/results/gpu/plan.sh 64-0 64-30m 64-30m-far 128 ...        returns at once
+#     bash docs/results/gpu/plan.sh 64-0 64-30m-text 128-text ...        returns at once
 #
 # A row of a GPU begins when the one before it is in its second stage, whose wait for the compiler leaves the GPU idle; it
-# is compared while the next one trains. Measured on an H200, seconds: teacher there after 45, 100 million tokens 820 of
-# which two waits of 60 for the compiler, 30 million 350 (128 slots: 450), a comparison 110 alone and 230 beside a training.
+# is compared while the next one trains. Measured on one H200, seconds: first row after 140; from row to row 30 million tokens
+# 330 (128 slots 410), 10 million 150, 1 million 50; a comparison 130 beside a training, of the last row 170; 100 million 820.
 cd "$(dirname "$0")/../../.." || exit
 even='convert.layer_slots=""'
 need=0=128,1=32,2=64,3-5=128,6=64,7-8=256,9-10=64,11=32,12=128,13=64,14-15=128,16=64,17-20=256,21-22=128,23=256,24=128,25-26=32,27=128,28-29=64
 whole=/root/log/whole.yaml # the recipe without the ablation, which the shipped row and the longest have
 start=/root/runs/start
-far=docs/results/memory/far-settings.patch
-# what data.lookups=0.2 does, but facts are asked for within 800 tokens only
-near='data.train=[] data.lookups=0 data.mix=[{"data":["/root/data/corpus/train-*.jsonl.zst"],"weight":0.8},{"data":["lookups:/root/data/corpus/train-*.jsonl.zst"],"weight":0.2}]'
+text='stages.0.loss.answers=text stages.1.loss.answers=text'
 one="stages.0.tokens=1048576 stages.1.tokens=262144" ten="stages.0.tokens=8388608 stages.1.tokens=2097152"
 long="stages.0.tokens=83886080 stages.1.tokens=16777216"
+
+slots128="convert.slots=128 convert.layer_slots=\"$need\""
 
 row() { # NAME -> RECIPE key=value ...
     case $1 in
     64-0) echo "$whole" ;; # the start, untrained
     64-1m) echo "$whole $one" ;;
+    64-1m-warm) echo "$whole $one stages.0.warmup_tokens=524288" ;; # the first steps at full rate triple the loss
     64-10m) echo "$whole $ten" ;;
     64-30m) echo memory ;; # as shipped
-    64-30m-far) echo "$whole" ;;
-    64-30m-near) echo "$whole $near" ;;
+    64-30m-text) echo "$whole $text" ;;
     64-100m) echo "memory $long" ;;
     64-100m-seed1) echo "$whole $long seed=1" ;;
-    128) echo "$whole convert.slots=128 convert.layer_slots=\"$need\"" ;;
+    128) echo "$whole $slots128" ;;
+    128-text) echo "$whole $slots128 $text" ;;
     256) echo "$whole convert.slots=256 $even" ;;
     hybrid) echo "$whole convert.keep_softmax=4,9,14,19,24,29 $even" ;;
     paper) echo "$whole convert.preset=paper convert.eviction=oldest convert.eviction_text=[] $even" ;;
@@ -35,20 +36,15 @@ row() { # NAME -> RECIPE key=value ...
     esac
 }
 
-begin() { # FOLDER: the start of rows of 64 slots
-    OMP_NUM_THREADS=8 python3 -m t2r convert /root/teacher "$1" --slots 64 --eviction score \
-        --eviction-text /root/data/corpus/train-00.jsonl.zst --no-verify \
-        --layer-slots "$(sed -n 's/ *layer_slots: \([^ ]*\).*/\1/p' t2r/configs/smollm2-135m-exact.yaml)" >"/root/log/$(basename "$1").log" 2>&1
-}
-
-begin_far() { # the same with settings of eviction for which attention from far away counts more
-    cp -r . /root/far && (cd /root/far && { patch -p1 -i "$far" || git apply "$far"; } && PYTHONPATH=$PWD:/tmp/site begin $start-far)
+begin() { # the start of rows of 64 slots
+    python3 -m t2r convert /root/teacher $start --slots 64 --eviction score --eviction-text /root/data/corpus/train-00.jsonl.zst \
+        --no-verify --layer-slots "$(sed -n 's/ *layer_slots: \([^ ]*\).*/\1/p' t2r/configs/smollm2-135m-exact.yaml)"
 }
 
 lane() { # GPU: takes rows from the queue till it is empty
     while name=$(flock /root/log/lock sh -c 'head -n 1 /root/log/queue; sed -i 1d /root/log/queue') && [ "$name" ]; do
         read -r recipe words < <(row "$name")
-        case $name in *-far) export START=$start-far ;; 64*) export START=$start ;; *) unset START ;; esac
+        case $name in 64*) export START=$start ;; *) unset START ;; esac
         # shellcheck disable=SC2086
         GPU=$1 RECIPE=$recipe bash docs/results/gpu/row.sh "$name" $words &
         until [ -d "/root/runs/$name/2-distill" ] || grep -qs " $name: \(trained\|failed\)" /root/log/rows.log; do sleep 1; done
@@ -70,10 +66,7 @@ main() {
     sed '1i ablation: off' t2r/recipes/memory.yaml >$whole
     printf '%s\n' "$@" >/root/log/queue
     tokens
-    begin $start &
-    local first=$!
-    if [[ " $* " = *-far\ * ]]; then begin_far || exit; fi
-    wait $first || exit
+    begin >/root/log/start.log 2>&1 || exit
     for gpu in $(nvidia-smi -L | sed -n 's/^GPU \([0-9]*\).*/\1/p'); do lane "$gpu" & done
     wait
 }
