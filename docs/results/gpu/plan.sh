@@ -21,7 +21,10 @@ row() { # NAME -> RECIPE key=value ...
     case $1 in
     64-0) echo "$whole" ;; # the start, untrained
     64-1m) echo "$whole $one" ;;
-    64-1m-warm) echo "$whole $one stages.0.warmup_tokens=524288" ;; # the first steps at full rate triple the loss
+    # at the full rate of gates the first steps triple the loss: warmed up longer, slower, not trained
+    64-1m-warm) echo "$whole $one stages.0.warmup_tokens=524288" ;;
+    64-1m-slow) echo "$whole $one stages.0.lr.gates=3e-4 stages.1.lr.gates=1e-4" ;;
+    64-1m-still) echo "$whole $one stages.0.lr.gates=0 stages.1.lr.gates=0" ;;
     64-10m) echo "$whole $ten" ;;
     64-30m) echo memory ;; # as shipped
     64-30m-text) echo "$whole $text" ;;
