@@ -120,6 +120,8 @@ def build(schema: type[Schema], raw: object, path: Path, prefix: str = "", said:
             close = nearest(str(key), hints) or ", ".join(hints)
             raise UserError(f"unknown key {full!r}", where=where, nearest=close)
         kind, item = inner(hints[key])
+        if value is None and hints[key] is str and full in said:
+            value = ""  # `key=` of a shell, where YAML says null
         if is_dataclass(kind) and not (value is None and kind is not hints[key]):
             values[key] = build(kind, value, path, f"{full}.", said)
         elif kind is list and is_dataclass(item):

@@ -61,6 +61,7 @@ def test_a_variant_comes_before_the_words_of_the_command_line(file):
             "stages.0.kind is 'algn', expected one of align, distill, lm (in {}); nearest valid: align",
         ),
         ("source: a\nconvert: {slots: x}", [], "convert.slots is 'x', expected a whole number or null (in {})"),
+        ("source: a\nconvert: {layer_slots: }", [], "convert.layer_slots is None, expected text (in {})"),
         ("source: a\nseed: 1.5", [], "seed is 1.5, expected a whole number (in {})"),
         ("source: a\ndata: {train: x}", [], "data.train is 'x', expected a list, each item text (in {})"),
         ("source: a\nstages: 3", [], "stages is 3, not a list (in {})"),
@@ -82,6 +83,12 @@ def test_a_mistake_is_named(file, text, words, message):
         load(path, RunConfig, words)
     assert str(error.value).startswith(message.replace("{}", str(path)))
     assert "\n" not in str(error.value)
+
+
+def test_nothing_behind_the_sign_is_the_empty_text(file):
+    path = file("source: a\nconvert: {layer_slots: 0=8}")
+    assert load(path, RunConfig, ["convert.layer_slots="]).convert.layer_slots == ""
+    assert load(path, RunConfig, ["convert.slots="]).convert.slots is None
 
 
 @pytest.mark.parametrize(

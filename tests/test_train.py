@@ -112,6 +112,33 @@ for zero, words in {options}.items():
             assert (tensor - theirs[name]).norm() < 0.02 * (theirs[name] - before[name]).norm(), (zero, name)
 
 
+def test_answers_from_the_text_in_two_processes(start, stages, tmp_path):
+    """Of which one may have none in a forward, while ZeRO 3 gathers the head for both."""
+    names = [a + b for a in ("river", "castle", "bridge", "market") for b in ("ford", "wick", "town", "gate")]
+    names += [f"{name}{end}" for name in names for end in ("side", "ham", "moor")]
+    lines = [{"text": " ".join(f"{names[i]} lies by {names[i * n % 64]}." for i in range(64))} for n in range(1, 20)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = [only("distill", stages), f"data.train=[{tmp_path}/text.jsonl]", "data.validation=[]", "data.lookups=0.9"]
+    words += [f"data.cache={tmp_path}/cache", "stages.0.context=1024", "stages.0.batch_tokens=4096"]
+    words += ["stages.0.micro_batch=1", "stages.0.tokens=8192"]
+    for answers in ("text", "teacher"):
+        finetune.finetune(
+            str(stages), [*words, f"stages.0.loss.answers={answers}"], str(start), f"{tmp_path}/{answers}"
+        )
+    script = tmp_path / "two.py"
+    script.write_text(f"""
+from t2r.train.finetune import finetune
+words = {words} + ["stages.0.loss.answers=text", "deepspeed.zero=3"]
+finetune({str(stages)!r}, words, {str(start)!r}, "{tmp_path}/zero3")
+""")
+    torchrun(script)
+    ours, want, other = (
+        [r["loss"] for r in records(tmp_path / name, "1-distill")] for name in ("zero3", "text", "teacher")
+    )
+    assert ours == pytest.approx(want, rel=1e-5)
+    assert all(abs(a - b) > 1e-3 * b for a, b in zip(want, other, strict=True))
+
+
 def test_adapters_are_trained_resumed_and_merged(straight, start, stages, tmp_path, monkeypatch):
     rates = "{gates: 1e-3, mixer: 1e-2, body: 0}"
     words = [

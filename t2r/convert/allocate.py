@@ -115,7 +115,7 @@ class Scored(Windows):
         self.mixers = gsa_mixers(model, options)
         self.scores = {
             (i, gsa.slots): {name: x.to(ids.device) for name, x in tensors.items()}
-            for i, fitted in fit_mixers(model, fit_ids, options, "near").items()
+            for i, fitted in fit_mixers(model, fit_ids, options, "near").items()  # what counts here is the next words
             for gsa, tensors in zip(options[i], fitted, strict=True)
         }
 
