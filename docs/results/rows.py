@@ -1,10 +1,11 @@
 """The table and the curve of smollm2-135m-exact, from the reports of its rows: python docs/results/rows.py
 
-Reads docs/results/memory/ROW/report.json of every row that has one; writes docs/results/memory/README.md and rows.png
+Reads docs/results/memory/ROW/report.json of every row; writes docs/results/memory/README.md and rows.png
 beside it. The first table is the one at the top of the project's README.
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "memory"
@@ -16,7 +17,8 @@ ROWS = {  # folder: what it is
     "64-30m": "31.5M, far",
     "128-near": "128 slots, 31.5M, near",
 }
-COMMITS = dict.fromkeys(ROWS, "79b2b20")
+COMMIT = "79b2b20"  # of all rows
+CURVE = ("64-0-near", "64-1m-near", "64-10m-near", "64-30m-near")
 SHORT = ("64-0-near", "64-30m-near", "64-30m", "128-near")
 PERPLEXITY = {f"WikiText-2, perplexity @ {n}": (f"wikitext-{n}", f"first {n}") for n in (1024, 2048, 8192)}
 LATE = {
@@ -68,8 +70,8 @@ class Column:
         return f"{100 * value:.1f}" + (f" +- {100 * stderr:.1f} %" if error else " %")
 
 
-def columns(rows: tuple[str, ...]) -> dict[str, Column]:
-    return {"original": Column(rows[0], 0)} | {ROWS[row]: Column(row) for row in rows}
+def columns(rows: Iterable[str]) -> dict[str, Column]:
+    return {"original": Column("64-30m", 0)} | {ROWS[row]: Column(row) for row in rows}
 
 
 def table(measures: dict[str, tuple[str, str]], shown: dict[str, Column], error: bool) -> list[str]:
@@ -85,26 +87,22 @@ def short() -> list[str]:
     return table(PERPLEXITY | LAMBADA | mean | dict(list(CODES.items())[1:5]), columns(SHORT), error=False)
 
 
-def rows() -> tuple[str, ...]:
-    return tuple(row for row in ROWS if (FOLDER / row / "report.json").exists())
-
-
 def full() -> list[str]:
     mean = {"mean of the five": ("mean", "")}
-    return table(PERPLEXITY | LATE | LAMBADA | TASKS | mean | CODES | NEEDLE, columns(rows()), error=True)
+    return table(PERPLEXITY | LATE | LAMBADA | TASKS | mean | CODES | NEEDLE, columns(ROWS), error=True)
 
 
 def made() -> list[str]:
     """How each row was made."""
     lines = ["| row | slots a layer | tokens | seed | commit | hardware |", "|---|---|---|---|---|---|"]
-    for row in rows():
+    for row in ROWS:
         column, config = Column(row), FOLDER / row / "config.yaml"
         name, seed = row, ""
         if config.exists():
             name = f"[{row}]({row}/config.yaml)"
             seed = next(line.split()[1] for line in config.read_text().splitlines() if line.startswith("seed:"))
         slots, hardware = column.model["gsa"]["slots"], column.report["hardware"]
-        facts = name, slots, f"{column.tokens:,}", seed, COMMITS[row], hardware
+        facts = name, slots, f"{column.tokens:,}", seed, COMMIT, hardware
         lines.append(f"| {' | '.join(map(str, facts))} |")
     return lines
 
@@ -115,12 +113,7 @@ def plot() -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    curve = [
-        row
-        for row in ("64-0-near", "64-1m-near", "64-10m-near", "64-30m-near")
-        if (FOLDER / row / "report.json").exists()
-    ]
-    original, *trained = columns(tuple(curve)).values()
+    original, *trained = columns(CURVE).values()
     tokens, far = [column.tokens / 1e6 for column in trained], Column("64-30m")
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     for n in (1024, 2048):

@@ -64,12 +64,12 @@ class Asked(str):
     answers: list[tuple[int, int, int]]
 
 
-def with_lookups(text: str, kind: str = NEAR) -> str:
-    """The document with facts and questions, Asked; as it is where it has too few words for that."""
+def with_lookups(text: str, kind: str = NEAR) -> Asked:
+    """The document with facts and questions; as it is where it has too few words for that."""
     rng = random.Random(hashlib.sha256(text.encode()).digest())
     words = sorted(set(WORD.findall(text)))
     if len(words) < 4 * MOST:
-        return text
+        return put_together([Piece(text)])
     parts: list[list[str]] = []
     for sentence in SENTENCE.finditer(text):
         if sentence.start() >= EPISODE * len(parts):

@@ -366,7 +366,7 @@ def encode_texts(tokenizer, texts: list[str], marked: bool) -> list[Encoded]:
         return [Encoded(ids) for ids in found["input_ids"]]
     ends = [np.maximum.accumulate(np.array(offsets).reshape(-1, 2)) for offsets in found["offset_mapping"]]
     return [
-        Encoded(ids, back=tokens_back(*end.T, getattr(text, "answers", [])))
+        Encoded(ids, back=tokens_back(*end.T, text.answers))
         for ids, end, text in zip(found["input_ids"], ends, texts, strict=True)
     ]
 

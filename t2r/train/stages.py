@@ -95,7 +95,7 @@ class Distill(Stage):
             hidden, answers, labels = apart(ours, batch)
             parts.append(mixed_loss(student, hidden, answers, Mix(kl=0.0, ce=1.0), c))
         parts.append(mixed_loss(student, ours, labels, Mix(c.kl, 1 - c.kl, c.temperature), c, teacher, theirs))
-        loss, kl, ce = (sum(sums) / batch.share for sums in zip(*parts, strict=True))
+        loss, kl, ce = (sum(rest, first) / batch.share for first, *rest in zip(*parts, strict=True))
         return loss, {"kl": kl, "ce": ce}
 
 
