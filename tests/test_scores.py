@@ -182,6 +182,7 @@ def test_what_is_left_without_scores_is_a_window(tiny_llama, text, tmp_path):
             ["--preset", "paper", "--sinks", "0"],
             "preset 'paper' has no clock",
         ),
+        (["--eviction", "oldest", "--eviction-reach", "near"], "nothing is scored"),
         (["--eviction-text", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--eviction-text", "short.jsonl"], "nearest valid: --eviction-text shipped:train"),
     ],

@@ -62,6 +62,9 @@ def convert(
     from t2r.errors import UserError
     from t2r.publish import model_card
 
+    if eviction_reach != "far" and eviction == "oldest":
+        what = f"{eviction_reach}, but the oldest token makes room: nothing is scored"
+        raise UserError(what, where="--eviction-reach", nearest="--eviction score")
     if not dry_run:
         check_absent(out)
     opened = open_source(source)
