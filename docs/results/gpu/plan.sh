@@ -1,40 +1,44 @@
 #!/usr/bin/env bash
 # Rows of the table of smollm2-135m-exact, in their order on as many GPUs as there are, after unpack.sh; then watch.sh:
 #
-#     bash docs/results/gpu/plan.sh 64-0 64-30m-text 128-text ...        returns at once
+#     bash docs/results/gpu/plan.sh 64-0 64-30m-text 64-30m-calm 64-100m ...        returns at once
 #
+# Rows of the table take the changes of the better of 64-30m-text and 64-30m-calm, which come before them, and wait for it.
 # A row of a GPU begins when the one before it is in its second stage, whose wait for the compiler leaves the GPU idle; it
 # is compared while the next one trains. Measured on one H200, seconds: first row after 140; from row to row 30 million tokens
 # 330 (128 slots 410), 10 million 150, 1 million 50; a comparison 130 beside a training, of the last row 170; 100 million 820.
 cd "$(dirname "$0")/../../.." || exit
 even='convert.layer_slots=""'
 need=0=128,1=32,2=64,3-5=128,6=64,7-8=256,9-10=64,11=32,12=128,13=64,14-15=128,16=64,17-20=256,21-22=128,23=256,24=128,25-26=32,27=128,28-29=64
-whole=/root/log/whole.yaml # the recipe without the ablation, which the shipped row and the longest have
+whole=/root/log/whole.yaml # the recipe without the ablation, which rows of 31 million tokens with 64 slots have
 start=/root/runs/start
 text='stages.0.loss.answers=text stages.1.loss.answers=text'
+calm="$text stages.0.lr.gates=1e-3 stages.0.warmup_tokens=524288 stages.1.lr.gates=3e-4"
 one="stages.0.tokens=1048576 stages.1.tokens=262144" ten="stages.0.tokens=8388608 stages.1.tokens=2097152"
 long="stages.0.tokens=83886080 stages.1.tokens=16777216"
-
 slots128="convert.slots=128 convert.layer_slots=\"$need\""
+
+best() { # the changes of whichever of the two was better, once that is known
+    case $(python3 docs/results/gpu/best.py 64-30m-text 64-30m-calm 2>>/root/log/best.log) in
+    64-30m-text) echo "$text" ;;
+    64-30m-calm) echo "$calm" ;;
+    esac
+}
 
 row() { # NAME -> RECIPE key=value ...
     case $1 in
     64-0) echo "$whole" ;; # the start, untrained
-    64-1m) echo "$whole $one" ;;
-    # at the full rate of gates the first steps triple the loss: warmed up longer, slower, not trained
-    64-1m-warm) echo "$whole $one stages.0.warmup_tokens=524288" ;;
-    64-1m-slow) echo "$whole $one stages.0.lr.gates=3e-4 stages.1.lr.gates=1e-4" ;;
-    64-1m-still) echo "$whole $one stages.0.lr.gates=0 stages.1.lr.gates=0" ;;
-    64-10m) echo "$whole $ten" ;;
     64-30m) echo memory ;; # as shipped
-    64-30m-text) echo "$whole $text" ;;
-    64-100m) echo "memory $long" ;;
-    64-100m-seed1) echo "$whole $long seed=1" ;;
-    128) echo "$whole $slots128" ;;
-    128-text) echo "$whole $slots128 $text" ;;
-    256) echo "$whole convert.slots=256 $even" ;;
-    hybrid) echo "$whole convert.keep_softmax=4,9,14,19,24,29 $even" ;;
-    paper) echo "$whole convert.preset=paper convert.eviction=oldest convert.eviction_text=[] $even" ;;
+    64-30m-text) echo "memory $text" ;;
+    64-30m-calm) echo "memory $calm" ;;
+    64-1m) echo "$whole $one $(best)" ;;
+    64-10m) echo "$whole $ten $(best)" ;;
+    64-100m) echo "$whole $long $(best)" ;;
+    64-100m-seed1) echo "$whole $long seed=1 $(best)" ;;
+    128) echo "$whole $slots128 $(best)" ;;
+    256) echo "$whole convert.slots=256 $even $(best)" ;;
+    hybrid) echo "$whole convert.keep_softmax=4,9,14,19,24,29 $even $(best)" ;;
+    paper) echo "$whole convert.preset=paper convert.eviction=oldest convert.eviction_text=[] $even $(best)" ;;
     *) return 1 ;;
     esac
 }
@@ -75,6 +79,6 @@ main() {
 }
 
 if [ "$1" = main ]; then main "${@:2}"; else
-    for name in "$@"; do row "$name" >/dev/null || { echo "no row $name" && exit 1; }; done
+    for name in "$@"; do (best() { :; } && row "$name" >/dev/null) || { echo "no row $name" && exit 1; }; done
     setsid nohup bash "$0" main "$@" >/root/log/plan.log 2>&1 </dev/null &
 fi
