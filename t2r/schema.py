@@ -80,8 +80,8 @@ class LossConfig:
     """align: what a mixer's output is judged by, its squared distance or its angle to the teacher's.
     kl: weight of KL(teacher || student) in `distill`, the rest is cross-entropy. temperature: of both in the KL. Of a
         chat both are of what the assistant says: what others say is read, not imitated. align is of every token.
-    answers: from what `distill` learns the answers of lookups that a row has told (DataConfig.lookups): the teacher, as
-        all else, who knows some of them, or the text, by cross-entropy.
+    answers: from what `distill` learns the answers of lookups that a row has told (DataConfig.lookups): the text, by
+        cross-entropy, or the teacher, as all else, who knows some of them.
     chunk: tokens whose logits exist at once, the memory knob of `distill` and `lm`; it changes no result. On a GPU four
         times as many in bfloat16, twice in float32, which takes no more memory: the kernel there makes no copies.
     backend: our own loss, or liger-kernel's, which needs a GPU and that package.
@@ -90,7 +90,7 @@ class LossConfig:
     align: Literal["mse", "cosine"] = "mse"
     kl: float = 1.0
     temperature: float = 1.0
-    answers: Literal["teacher", "text"] = "teacher"
+    answers: Literal["text", "teacher"] = "text"
     chunk: int = 1024
     backend: Literal["own", "liger"] = "own"
 
@@ -184,6 +184,11 @@ class DataConfig:
     stream: bool = False
     field: str = "text"
     cache: str = "~/.cache/t2r/tokens"
+
+    @property
+    def has_lookups(self) -> bool:
+        specs = [*self.train, *(spec for part in self.mix for spec in part.data)]
+        return self.lookups > 0 or any(spec.startswith(tuple(MORE)) for spec in specs)
 
 
 @dataclass
@@ -300,8 +305,6 @@ def check_stage(stage: StageConfig, config: RunConfig, key: str, wrong: Callable
         wrong(f"{key}.end_lr", f"is {stage.end_lr}, a fraction of the peak", 0.1)
     if not 0 <= stage.loss.kl <= 1:
         wrong(f"{key}.loss.kl", f"is {stage.loss.kl}, a weight between 0 (cross-entropy) and 1", 1)
-    if stage.loss.answers == "text":
-        check_answers(stage, config.data, f"{key}.loss.answers", wrong)
     if stage.loss.temperature <= 0 or stage.loss.chunk < 1:
         wrong(f"{key}.loss", "needs a positive temperature and chunk")
     if stage.validate_every and not stage.validation_tokens:
@@ -310,14 +313,6 @@ def check_stage(stage: StageConfig, config: RunConfig, key: str, wrong: Callable
         wrong(f"{key}.validation_tokens", "needs data.validation or data.held_out")
     if 0 < stage.validation_tokens < stage.context:
         wrong(f"{key}.validation_tokens", f"is less than a row of {stage.context}", stage.context)
-
-
-def check_answers(stage: StageConfig, data: DataConfig, key: str, wrong: Callable[..., NoReturn]) -> None:
-    specs = [*data.train, *(spec for part in data.mix for spec in part.data)]
-    if stage.kind != "distill":
-        wrong(key, f"is text, but {stage.kind} has no teacher's answers in their place", "teacher")
-    if not data.lookups and not any(spec.startswith(tuple(MORE)) for spec in specs):
-        wrong(key, "is text, but no data has lookups", "data.lookups=0.2")
 
 
 def check_rates(stage: StageConfig, key: str, wrong: Callable[..., NoReturn]) -> None:

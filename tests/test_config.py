@@ -101,11 +101,6 @@ def test_nothing_behind_the_sign_is_the_empty_text(file):
         ("stages.0.lr.gates=0", "stages.0.lr is 0 for every group"),
         ("stages.0.lr.mixer=1e3", "stages.0.lr.mixer is 1000.0 (in {}); nearest valid: 0 to 1"),
         ("stages.0.loss.kl=1.5", "stages.0.loss.kl is 1.5, a weight between 0"),
-        ("stages.0.loss.answers=text;data.lookups=0.2", "stages.0.loss.answers is text, but align has no teacher's"),
-        (
-            "stages.0.loss.answers=text;stages.0.kind=distill",
-            "stages.0.loss.answers is text, but no data has lookups (in {}); nearest valid: data.lookups=0.2",
-        ),
         ("stages.0.validation_tokens=64", "stages.0.validation_tokens needs data.validation"),
         ("data.train=[]", "data.train is empty, but there are stages"),
         ("compare.limit=0", "compare.limit is 0, it must be positive"),

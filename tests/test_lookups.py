@@ -122,7 +122,7 @@ def test_a_share_of_the_rows_has_lookups(run, tmp_path, tiny_llama, monkeypatch)
 
 def test_answers_need_a_tokenizer_that_tells_places(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    settings = load_run("quickstart", [*run, "stages.0.kind=distill", "stages.0.loss.answers=text"])
+    settings = load_run("quickstart", [*run, "stages.0.kind=distill"])
     with pytest.raises(UserError, match="cannot say where answers are"):
         RunData(settings, SimpleNamespace(is_fast=False))
 

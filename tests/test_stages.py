@@ -73,7 +73,7 @@ def test_answers_are_learned_from_the_text():
     student, teacher = student_model(), teacher_model()
     batch, options = batch_of(PACKED), LossConfig(kl=0.7, answers="text")
     places = torch.nonzero(batch.labels.flatten() != UNLABELLED)[[3, 7, 20], 0]
-    stage = STAGES["distill"](replace(STAGE, kind="distill", loss=options))
+    stage = STAGES["distill"](replace(STAGE, kind="distill", loss=options), lookups=True)
     ours, theirs = (log_softmax(head(m)(hidden_states(m, batch)), -1).flatten(0, 1) for m in (student, teacher))
     labels = batch.labels.flatten()
     for answers in (places, places[:0]):

@@ -17,7 +17,8 @@ class RunData:
 
     def __init__(self, settings: RunConfig, tokenizer) -> None:
         self.settings, data = settings, settings.data
-        if not tokenizer.is_fast and any(stage.loss.answers == "text" for stage in settings.stages):
+        asked = data.has_lookups and any(s.kind == "distill" and s.loss.answers == "text" for s in settings.stages)
+        if asked and not tokenizer.is_fast:
             raise UserError("loss.answers is text: this tokenizer cannot say where answers are", nearest="teacher")
         load = tokenise_ahead if data.stream else tokenise
         self.training = [load(wanted, tokenizer, data.cache) for wanted in training(settings)]

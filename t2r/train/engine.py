@@ -164,7 +164,7 @@ def train(
         check_disk(out, source, sum(p.numel() for g in groups for p in g["params"]), stage.keep)
     flops = training_flops(student, stage)
     universal = newest is not None and of_other_world(newest, group)
-    step = Step(STAGES[stage.kind](stage), student, teacher)
+    step = Step(STAGES[stage.kind](stage, config.data.has_lookups), student, teacher)
     if stage.compile:
         compile_layers(student, teacher, stage.kind)
     linear = torch.nn.functional.linear

@@ -28,12 +28,12 @@ def mixers(model) -> list[nn.Module]:
 
 
 class Stage:
-    """What the stages share: their options, and whether they run a teacher."""
+    """What the stages share: their options, whether their text has lookups, and whether they run a teacher."""
 
     needs_teacher = True
 
-    def __init__(self, config: StageConfig) -> None:
-        self.config = config
+    def __init__(self, config: StageConfig, lookups: bool = False) -> None:
+        self.config, self.lookups = config, lookups
 
     def loss(self, student, teacher, batch: Batch) -> Loss:
         raise NotImplementedError
@@ -91,7 +91,7 @@ class Distill(Stage):
             theirs = hidden_states(teacher, batch)
         ours = hidden_states(student, batch)
         c, labels, parts = self.config.loss, batch.labels, []
-        if c.answers == "text":
+        if self.lookups and c.answers == "text":
             hidden, answers, labels = apart(ours, batch)
             parts.append(mixed_loss(student, hidden, answers, Mix(kl=0.0, ce=1.0), c))
         parts.append(mixed_loss(student, ours, labels, Mix(c.kl, 1 - c.kl, c.temperature), c, teacher, theirs))

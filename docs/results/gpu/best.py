@@ -1,5 +1,6 @@
-"""Waits for the first stages of some rows, then says the row of the lowest loss over their last hundred steps, where all
-have read the same text: python best.py NAME ... . A row that failed is not waited for; nothing is said when all did."""
+"""Waits for the first stages of some rows, then says the row of the lowest loss over their last hundred steps, where
+all have read the same text: python best.py NAME ... . Rows that failed are not waited for; if all did, nothing is said.
+"""
 
 import json
 import sys
