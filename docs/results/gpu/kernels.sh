@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# What is to be measured of kernels and trainer on one GPU with nothing beside it, twenty minutes in all:
+# What is to be measured of kernels and trainer on a GPU with nothing else on it, after unpack.sh; then watch.sh:
 #
-#     mkdir -p /root/log; bash docs/results/gpu/kernels.sh CARRIED; bash docs/results/gpu/watch.sh 570      then watch.sh 570 twice
+#     bash docs/results/gpu/kernels.sh GPU bench peer speed counters ...        returns at once
 #
-# CARRIED holds site.tgz of pack.sh, and the wheels of fla-core 0.6.0 and einops. Returns at once; all is in /root/log.
+# Parts are the functions below, in the order they are named; at most, in seconds: bench 300, peer 600 (most of it fla's own
+# tuning), speed 400, counters 200, parts 120, tiles 240, blocks 200. plan.sh leaves the GPU alone until they are done.
 cd "$(dirname "$0")/../../.." || exit
+log=/root/log
 shape='--shape 8,2048,32,8,128,64'
 
 parts() { # time and memory of the first shape by the bytes of scratch that backward may have
@@ -43,7 +45,7 @@ PYTHON
 }
 
 counters() { # of the kernels of one backward pass
-    timeout 200 ncu --clock-control none --set full -k 'regex:inner|outer|output|step' -c 8 --csv --page raw python3 - <<'PYTHON'
+    timeout 200 ncu --log-file $log/ncu.csv --clock-control none --set full -k 'regex:inner|outer|output|step' -c 8 --csv --page raw python3 - <<'PYTHON'
 import torch
 from t2r import bench
 
@@ -63,30 +65,34 @@ blocks() { # decode by blocks of so many features: right, and how fast?
     done
 }
 
-main() {
-    log=/root/log
-    timeout 200 bash "$0" blocks >$log/blocks.log 2>&1
-    timeout 240 python3 docs/results/kernels/tiles.py $log/tiles.json >$log/tiles.log 2>&1
-    timeout 300 python3 -m t2r bench kernels --out $log/bench >$log/bench.log 2>&1
-    timeout 120 bash "$0" parts >$log/parts.log 2>&1
-    start >$log/start.log 2>&1
-    for context in 2048 8192; do
-        timeout 200 python3 docs/results/train_speed.py /root/original /root/start $log/speed-$context.json --kinds lm --compile \
-            --tokens 524288 --forward 32768 --contexts $context >$log/speed-$context.log 2>&1
-    done
-    counters >$log/ncu.csv 2>$log/ncu.log
+bench() { timeout 300 python3 -m t2r bench kernels --out $log/bench; }
+
+peer() {
     PYTHONPATH=$PYTHONPATH:/tmp/peer timeout 600 python3 -m t2r bench kernels $shape --shape 32,2048,9,3,64,64 --gates paper \
-        --no-decode --out $log/peer >$log/peer.log 2>&1
-    touch $log/all-done
+        --no-decode --out $log/peer
 }
 
-case ${1:?CARRIED} in
-main | parts | blocks) "$1" ;;
-*)
-    mkdir -p /root/log /tmp/peer && tar -xzf "$1/site.tgz" -C /tmp && cp -r . /root/repo
-    for wheel in "$1"/*.whl; do python3 -m zipfile -e "$wheel" /tmp/peer; done
-    cd /root/repo || exit
-    export PYTHONPATH=/root/repo:/tmp/site HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 TQDM_DISABLE=1 MPLCONFIGDIR=/tmp/mpl
-    setsid nohup bash docs/results/gpu/kernels.sh main >/root/log/kernels.log 2>&1 </dev/null &
-    ;;
-esac
+tiles() { timeout 240 python3 docs/results/kernels/tiles.py $log/tiles.json; }
+
+speed() { # of the trainer, at short and at long contexts
+    start
+    for context in 2048 8192; do
+        timeout 200 python3 docs/results/train_speed.py /root/original /root/start $log/speed-$context.json --kinds lm --compile \
+            --tokens 524288 --forward 32768 --contexts $context
+    done
+}
+
+main() { # GPU PART ...
+    export CUDA_VISIBLE_DEVICES=$1
+    trap "rm -f $log/running.kernels" EXIT
+    for part in "${@:2}"; do
+        timeout 900 bash "$0" only "$part" >"$log/$part.log" 2>&1
+        echo "$(date +%T) $part: done, $?" >>$log/rows.log
+    done
+}
+
+if [ "$1" = only ]; then "$2"; elif [ "$1" = main ]; then main "${@:2}"; else
+    for part in "${@:2}"; do declare -F "$part" >/dev/null || { echo "no part $part" && exit 1; }; done
+    echo "$1" >$log/running.kernels
+    setsid nohup bash "$0" main "$@" >$log/kernels.log 2>&1 </dev/null &
+fi

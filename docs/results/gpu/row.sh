@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
 # One row of the table of smollm2-135m-exact, on the GPU machine after unpack.sh: trained, then compared by recipe memory.
 #
-#     GPU=0 RECIPE=memory [START=FOLDER] bash docs/results/gpu/row.sh NAME [key=value ...]
+#     GPU=0 RECIPE=memory TEACHER=/root/teacher [START=FOLDER] bash docs/results/gpu/row.sh NAME [key=value ...]
 #
-# START: a conversion to begin with, in place of the configuration's own; a NAME that ends in -0 is it, untrained.
+# TEACHER: the original. START: a conversion to begin with, in place of the configuration's own; a NAME that ends in -0 is it, untrained.
 # /root/runs/NAME holds the run, /root/reports/NAME the report, /root/log/NAME.log what was said, /root/log/rows.log when.
 # What one comparison has found out about the original the others need not: finished units are gathered in /root/units.
 set -u
 name=$1
 shift
 units=/root/reports/.$name.partial/units
-mkdir -p /root/log /root/runs /root/units "$units"
+found=/root/units/$(basename "$TEACHER")
+mkdir -p /root/log /root/runs "$found" "$units"
 export CUDA_VISIBLE_DEVICES=${GPU:-0}
-words=(source=/root/teacher device=cuda compare=null convert.verify=false
+words=(source="$TEACHER" device=cuda compare=null convert.verify=false
     'convert.eviction_text=["/root/data/corpus/train-00.jsonl.zst"]' 'data.train=["/root/data/corpus/train-*.jsonl.zst"]'
     'data.validation=["/root/data/corpus/validation-wiki.jsonl.zst"]' data.stream=true stages.0.micro_batch=32 stages.1.micro_batch=4
     stages.0.save_every=0 stages.1.save_every=0)
@@ -20,10 +21,10 @@ words=(source=/root/teacher device=cuda compare=null convert.verify=false
 for stage in 0 1; do words+=(stages.$stage.validation_tokens=0 stages.$stage.validate_every=0); done
 say() { echo "$(date +%T) $name: $*" >>/root/log/rows.log; }
 compare() {
-    cp -n /root/units/*.json "$units"/ 2>/dev/null
-    while sleep 5; do cp -n "$units"/*.json /root/units/ 2>/dev/null; done &
+    cp -n "$found"/*.json "$units"/ 2>/dev/null
+    while sleep 5; do cp -n "$units"/*.json "$found"/ 2>/dev/null; done &
     local gather=$!
-    python3 -m t2r compare original=/root/teacher "$name=/root/runs/$name/model" --recipe "${RECIPE:-memory}" \
+    python3 -m t2r compare "original=$TEACHER" "$name=/root/runs/$name/model" --recipe "${RECIPE:-memory}" \
         --dtype bfloat16 --data /root/data/eval --device cuda:0,cuda:0 --out "/root/reports/$name"
     say "done, $?"
     kill $gather

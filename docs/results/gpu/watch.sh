@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Keeps in $OUT what the rows have left so far, for so many seconds or until all are done: bash docs/results/gpu/watch.sh 570
+# Keeps in $OUT what the rows have left so far, for so many seconds or until nothing runs: bash docs/results/gpu/watch.sh 570
 #
 # The machine goes 30 seconds after a call: ask for all the calls that the rows need at one time, each as long as may be.
 # What comes back is small, whatever there is: a file of over 16 MiB is left behind, and with it all that it holds. So of
@@ -20,6 +20,7 @@ while :; do
     date +%T
     grep -avxFf /tmp/said /tmp/saying # what is new
     cp /tmp/saying /tmp/said
-    [ -f /root/log/all-done ] || ((SECONDS + 20 >= end)) && break
+    ls /root/log/running.* >/dev/null 2>&1 || break
+    ((SECONDS + 20 >= end)) && break
     sleep 20
 done
