@@ -1,4 +1,4 @@
-"""A packed GGUF of /root/unpacked/model -> a plain folder in float32 that loads in two seconds, for what begins its name:
+"""A packed GGUF of /root/unpacked/model, by how its name begins -> a plain folder in float32 that loads in two seconds:
 python teacher.py SmolLM2 /root/teacher"""
 
 import sys
