@@ -137,9 +137,9 @@ def test_cp_copies_what_ships_and_never_over_a_file(tmp_path, capsys):
     assert "cannot write: No such file or directory" in refused(capsys, "cp", "quick", tmp_path / "none" / "x.yaml")
 
 
-@pytest.mark.parametrize("name", sorted(set(shipped("configs")) - {"quickstart"}))
+@pytest.mark.parametrize("name", shipped("configs"))
 def test_every_shipped_config_runs_on_a_small_model(name, config, tiny_llama, tmp_path):
-    """Two steps of each stage, all options but the sizes as they are shipped. tests/test_readme.py runs quickstart."""
+    """Two steps of each stage, all options but the sizes as they are shipped."""
     text, settings = config.parent / "text.jsonl", load(name, RunConfig)
     words = [f"source={tiny_llama}", "convert.slots=16", "convert.verify=false", "device=cpu", "compare=null"]
     words += [f"data.train=[{text}]", f"data.cache={tmp_path}/cache"]

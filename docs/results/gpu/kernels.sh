@@ -4,7 +4,8 @@
 #     bash docs/results/gpu/kernels.sh GPU bench peer speed counters ...        returns at once
 #
 # Parts are the functions below, in the order they are named; at most, in seconds: bench 300, peer 600 (most of it fla's own
-# tuning), speed 400, counters 200, parts 120, tiles 240, blocks 200. plan.sh leaves the GPU alone until they are done.
+# tuning), speed 400, counters 200, parts 120, tiles 240, blocks 200. plan.sh has no row on the GPU until they are done; it
+# converts on GPU 0, so beside it name another.
 cd "$(dirname "$0")/../../.." || exit
 log=/root/log
 shape='--shape 8,2048,32,8,128,64'

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# What a GPU machine without a network needs for the experiments of this folder, in pieces of 50 MB (five of them):
+# What a GPU machine without a network needs for the experiments of this folder, in pieces of 50 MB (five of them, with Gemma ten):
 #
 #     bash docs/results/gpu/pack.sh DATA OUT [GGUF]
 #
 # DATA holds eval/ and corpus/. OUT gets part.aa, part.ab ...: packages for Python 3.12 that are pure or manylinux, the
-# models (SmolLM2, and GGUF if there is one), benchmarks, the text, and in peer/ what only kernels are compared with. There: unpack.sh, which says what is where. Packages that a common image of
-# torch, transformers, peft, pytest and matplotlib has are not among them. To be run where t2r is installed.
+# models (SmolLM2, and GGUF if there is one), benchmarks, the text, and in peer/ what only kernels are compared with.
+# There: unpack.sh, which says what is where. Packages that a common image of torch, transformers, peft, pytest and
+# matplotlib has are not among them. To be run where t2r is installed.
 set -euo pipefail
 data=$1 out=$2 gguf=${3:-} work=$(mktemp -d)
 cd "$(dirname "$0")" && mkdir -p "$out" "$work/wheels" "$work/payload/model" "$work/payload/data/corpus"

@@ -3,7 +3,8 @@
 #
 #     GPU=0 RECIPE=memory TEACHER=/root/teacher [START=FOLDER] bash docs/results/gpu/row.sh NAME [key=value ...]
 #
-# TEACHER: the original. START: a conversion to begin with, in place of the configuration's own; a NAME that ends in -0 is it, untrained.
+# TEACHER: the original. START: a conversion to begin with, in place of the configuration's own; a NAME that ends in -0
+# is it, untrained.
 # /root/runs/NAME holds the run, /root/reports/NAME the report, /root/log/NAME.log what was said, /root/log/rows.log when.
 # What one comparison has found out about the original the others need not: finished units are gathered in /root/units.
 set -u

@@ -3,9 +3,10 @@
 #     mkdir -p /root/parts; cp CARRIED/part.* /root/parts      in a call for each piece
 #     source docs/results/gpu/unpack.sh                         again in every later call
 #
-# Afterwards: packages in /tmp/site, fla in /tmp/peer, the code in /root/repo, packed originals in /root/unpacked/model (plan.sh
-# makes them /root/teacher and /root/gemma), benchmarks in /root/data/eval, text in /root/data/corpus. Calls follow one another within 30 seconds, or the machine is
-# taken back with all that is on it: send the last piece, unpack.sh, plan.sh and watch.sh in one call, and let it run.
+# Afterwards: packages in /tmp/site, fla in /tmp/peer, the code in /root/repo, packed originals in /root/unpacked/model
+# (plan.sh makes them /root/teacher and /root/gemma), benchmarks in /root/data/eval, text in /root/data/corpus. Calls
+# follow one another within 30 seconds, or the machine is taken back with all that is on it: send the last piece,
+# unpack.sh, plan.sh and watch.sh in one call, and let it run.
 if [ ! -d /root/repo ]; then
     mkdir -p /root/unpacked /tmp/site /root/log
     cat /root/parts/part.* | tar -x -C /root/unpacked
