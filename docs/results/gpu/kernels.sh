@@ -4,7 +4,7 @@
 #     bash docs/results/gpu/kernels.sh GPU bench peer speed counters ...        returns at once
 #
 # Parts are the functions below, in the order they are named; at most, in seconds: bench 300, peer 600 (most of it fla's own
-# tuning), speed 400, counters 200, parts 120, tiles 240, blocks 200. plan.sh has no row on the GPU until they are done; it
+# tuning), speed 400, counters 150, parts 120, tiles 200, blocks 180. plan.sh has no row on the GPU until they are done; it
 # converts on GPU 0, so beside it name another.
 cd "$(dirname "$0")/../../.." || exit
 log=/root/log
@@ -45,25 +45,31 @@ PYTHON
     python3 -m t2r convert /root/original /root/start --slots 64 --no-verify
 }
 
-counters() { # of the kernels of one backward pass
-    timeout 200 ncu --log-file $log/ncu.csv --clock-control none --set full -k 'regex:inner|outer|output|step' -c 8 --csv --page raw python3 - <<'PYTHON'
+counters() { # of every kernel of both passes, and of decode
+    timeout 150 ncu --log-file $log/ncu.csv --clock-control none --set full -c 40 --csv --page raw \
+        -k 'regex:^(gates|memory|output|occupancy|inner|scan|outer|logits|step)_kernel' python3 - <<'PYTHON'
 import torch
 from t2r import bench
 
-for shape in (bench.SHAPES[0], bench.SHAPES[3]):
-    args, spec = bench.inputs(shape, "exact"), bench.spec_of("exact", 64)
+for shape, kind in ((bench.SHAPES[0], "exact"), (bench.SHAPES[0], "paper"), (bench.SHAPES[3], "exact")):
+    args, spec = bench.inputs(shape, kind), bench.spec_of(kind, 64)
     o = bench.ours(args, spec, "triton")
     bench.gradients(o, args, torch.ones_like(o))
+bench.median = lambda run: run() or 1.0
+bench.time_decode(bench.DECODE[2], 1.0)
 PYTHON
 }
 
-blocks() { # decode by blocks of so many features: right, and how fast?
+blocks() { # decode as it is and by blocks of so many features: how fast, and is it right?
+    steps='from t2r.bench import *; x = copy_bandwidth(); print(table([time_decode(shape, x) for shape in DECODE]))'
+    python3 -c "$steps"
     cp -r . /root/blocks && cd /root/blocks && patch -p1 <docs/results/kernels/decode-blocks.patch || return
-    for size in 32 64; do
+    export PYTHONPATH=/root/blocks:/tmp/site
+    for size in 64 32; do
         sed -i "s/BLOCK=min([0-9]*,/BLOCK=min($size,/" kernels/gsa/fused.py
-        PYTHONPATH=/root/blocks:/tmp/site python3 -m pytest -n 8 -q -p no:cacheprovider tests/test_kernels.py -k decode
-        PYTHONPATH=/root/blocks:/tmp/site python3 -m t2r bench kernels --shape 8,2048,32,8,128,64 --gates paper
+        python3 -c "$steps"
     done
+    timeout 100 python3 -m pytest -n 12 -q -p no:cacheprovider tests/test_kernels.py -k decode
 }
 
 bench() { timeout 300 python3 -m t2r bench kernels --out $log/bench; }
@@ -73,7 +79,7 @@ peer() {
         --no-decode --out $log/peer
 }
 
-tiles() { timeout 240 python3 docs/results/kernels/tiles.py $log/tiles.json; }
+tiles() { timeout 200 python3 docs/results/kernels/tiles.py $log/tiles.json 14; }
 
 speed() { # of the trainer, at short and at long contexts
     start
