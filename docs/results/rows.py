@@ -15,8 +15,11 @@ ROWS = {  # what it is: (folder, column of its report)
     "1.3M": ("64-1m", 1),
     "10.5M": ("64-10m", 1),
     "31.5M": ("64-30m", 1),
+    "31.5M, seed 1": ("64-30m-seed1", 1),
     "100.7M": ("64-100m", 1),
     "100.7M, seed 1": ("64-100m-seed1", 1),
+    "128 slots, 31.5M": ("128", 1),
+    "hybrid, 31.5M": ("hybrid", 1),
     "31.5M, window only": ("64-30m", 2),
     "paper's start, 31.5M": ("paper", 1),
 }
@@ -29,9 +32,13 @@ OTHERS = {
     "0 tokens, near": ("64-0-near", 1),
     "1.3M, near": ("64-1m-near", 1),
     "10.5M, near": ("64-10m-near", 1),
-    "128 slots, earlier recipe": ("128-near", 1),
+    "128 slots, 31.5M": ("128", 1),
+    "128 slots, as and near": ("128-near", 1),
 }
-COMMITS = {"79b2b20": ("64-30m-teacher", "64-30m-near", "64-0-near", "64-1m-near", "64-10m-near", "128-near")}
+COMMITS = {
+    "79b2b20": ("64-30m-teacher", "64-30m-near", "64-0-near", "64-1m-near", "64-10m-near", "128-near"),
+    "5dee82d": ("64-30m-seed1", "128", "hybrid"),
+}
 COMMIT = "4b51640"  # of the other rows
 CURVE = ("0 tokens", "1.3M", "10.5M", "31.5M", "100.7M")
 SHORT = (
@@ -40,7 +47,7 @@ SHORT = (
     "1.3M",
     "31.5M",
     "100.7M",
-    "128 slots, earlier recipe",
+    "128 slots, 31.5M",
     "31.5M, window only",
     "paper's start, 31.5M",
 )

@@ -21,31 +21,33 @@ def step_kernel(
     FORM: tl.constexpr, RING: tl.constexpr, SINKS: tl.constexpr, OCCUPANCY: tl.constexpr, SILU: tl.constexpr,
     HAS_S: tl.constexpr, HAS_SINK: tl.constexpr, HAS_BONUS: tl.constexpr, TOGETHER: tl.constexpr,
     D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, M: tl.constexpr, G: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """keys [N,H,M,D], values [N,H,M,E], occupancy [N,H,M] (bfloat16 or float32), position [N], and with bonus [N,H] and
     recent [H] (evict.py) ranks and stamps [N,H,M], become those after the token; o [N,1,H*G,E].
     positions [N]: the token's; -1 is padding, which changes nothing and reads 0. TOGETHER: the heads' logits and reads
-    are products of tiles and not sums of each head's own, for each of which all warps would have to meet."""
+    are products of tiles and not sums of each head's own, for each of which all warps would have to meet; they are
+    made by BLOCK features at a time, so that tiles take little of a block's shared memory."""
     n, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     m, d, e = tl.arange(0, M), tl.arange(0, BD), tl.arange(0, BE)
     key_at, in_keys = ((n * H + h) * M + m)[:, None] * D + d[None, :], (m >= 0)[:, None] & (d < D)[None, :]
     value_at, in_values = ((n * H + h) * M + m)[:, None] * E + e[None, :], (m >= 0)[:, None] & (e < E)[None, :]
     # what is read is asked for before anything waits: one trip to memory, not one after the other. Of values that would
     # not fit into the registers beside the keys other programs hide the way.
-    EARLY: tl.constexpr = M * BE <= 4096 and not TOGETHER
+    EARLY: tl.constexpr = M * BE <= 4096
     here = tl.load(positions + n).to(tl.int64)
-    K = tl.load(keys + key_at, mask=in_keys, other=0.0).to(tl.float32)
-    if EARLY:
-        V = tl.load(values + value_at, mask=in_values, other=0.0).to(tl.float32)
-    new_key = tl.load(k + n * k_b + h * k_h + d, mask=d < D, other=0.0).to(tl.float32)
-    new_value = tl.load(v + n * v_b + h * v_h + e, mask=e < E, other=0.0).to(tl.float32)
-    g = tl.arange(0, 16)
+    g, b = tl.arange(0, 16), tl.arange(0, BLOCK)
     if TOGETHER:
-        head, in_heads = n * q_b + (h * G + g)[None, :] * q_h + d[:, None], (g < G)[None, :] & (d < D)[:, None]
-        queries = tl.load(q + head, mask=in_heads, other=0.0).to(tl.float32)
-        if HAS_SINK:
-            far = tl.load(q_sink + head, mask=in_heads, other=0.0).to(tl.float32)
+        parts = ()
+        for i in tl.static_range(BD // BLOCK):
+            at, inside = ((n * H + h) * M + m)[:, None] * D + (i * BLOCK + b)[None, :], i * BLOCK + b < D
+            parts += (tl.load(keys + at, mask=(m >= 0)[:, None] & inside[None, :], other=0.0).to(tl.float32),)
     else:
+        K = tl.load(keys + key_at, mask=in_keys, other=0.0).to(tl.float32)
+        if EARLY:
+            V = tl.load(values + value_at, mask=in_values, other=0.0).to(tl.float32)
+        new_key = tl.load(k + n * k_b + h * k_h + d, mask=d < D, other=0.0).to(tl.float32)
+        new_value = tl.load(v + n * v_b + h * v_h + e, mask=e < E, other=0.0).to(tl.float32)
         queries, far = (), ()
         for i in tl.static_range(G):
             head = (h * G + i) * q_h + n * q_b + d
@@ -74,8 +76,6 @@ def step_kernel(
     forget = tl.reshape(-expm1(log_alpha), [M])
     weight = tl.reshape(weight, [M])
 
-    K = moved(K, activated(new_key, SILU), weight, forget)
-    tl.store(keys + key_at, K.to(keys.dtype.element_ty), mask=in_keys)
     if OCCUPANCY:
         z += weight - forget * z
         tl.store(occupancy + (n * H + h) * M + m, z.to(occupancy.dtype.element_ty))
@@ -83,27 +83,45 @@ def step_kernel(
     else:
         inverse, log_z = 1.0, 0.0
     if TOGETHER:
-        logits = tl.dot(K, activated(queries, SILU), input_precision="tf32x3")
+        logits, far_logits = tl.zeros([M, 16], tl.float32), tl.zeros([M, 16], tl.float32)
+        for i in tl.static_range(BD // BLOCK):
+            f = i * BLOCK + b
+            new = tl.load(k + n * k_b + h * k_h + f, mask=f < D, other=0.0).to(tl.float32)
+            K = moved(parts[i], activated(new, SILU), weight, forget)
+            at = ((n * H + h) * M + m)[:, None] * D + f[None, :]
+            tl.store(keys + at, K.to(keys.dtype.element_ty), mask=(m >= 0)[:, None] & (f < D)[None, :])
+            head, in_heads = n * q_b + (h * G + g)[None, :] * q_h + f[:, None], (g < G)[None, :] & (f < D)[:, None]
+            queries = tl.load(q + head, mask=in_heads, other=0.0).to(tl.float32)
+            logits = tl.dot(K, activated(queries, SILU), logits, input_precision="tf32x3")
+            if HAS_SINK:
+                far = tl.load(q_sink + head, mask=in_heads, other=0.0).to(tl.float32)
+                far_logits = tl.dot(K, activated(far, SILU), far_logits, input_precision="tf32x3")
         if HAS_SINK:
-            far_logits = tl.dot(K, activated(far, SILU), input_precision="tf32x3")
             logits = tl.where((m < SINKS)[:, None], far_logits, logits)
         weights = read(tl.trans(logits), inverse, log_z, scale) * inverse  # [16,M]
+        for i in tl.static_range(BE // BLOCK):
+            f = i * BLOCK + b
+            at, inside = ((n * H + h) * M + m)[:, None] * E + f[None, :], (m >= 0)[:, None] & (f < E)[None, :]
+            new = tl.load(v + n * v_b + h * v_h + f, mask=f < E, other=0.0).to(tl.float32)
+            V = tl.load(values + at, mask=inside, other=0.0).to(tl.float32)
+            V = moved(V, activated(new, SILU), weight, forget)
+            tl.store(values + at, V.to(values.dtype.element_ty), mask=inside)
+            y = tl.where(here >= 0, tl.dot(weights, V, input_precision="tf32x3"), 0.0)
+            at, inside = ((n * H + h) * G + g)[:, None] * E + f[None, :], (g < G)[:, None] & (f < E)[None, :]
+            tl.store(o + at, y.to(o.dtype.element_ty), mask=inside)
     else:
+        K = moved(K, activated(new_key, SILU), weight, forget)
+        tl.store(keys + key_at, K.to(keys.dtype.element_ty), mask=in_keys)
         weights = ()
         for i in tl.static_range(G):
             logits = tl.sum(K * activated(queries[i], SILU)[None, :], axis=1)
             if HAS_SINK:
                 logits = tl.where(m < SINKS, tl.sum(K * activated(far[i], SILU)[None, :], axis=1), logits)
             weights += (read(logits, inverse, log_z, scale) * inverse,)
-    if not EARLY:
-        V = tl.load(values + value_at, mask=in_values, other=0.0).to(tl.float32)
-    V = moved(V, activated(new_value, SILU), weight, forget)
-    tl.store(values + value_at, V.to(values.dtype.element_ty), mask=in_values)
-    if TOGETHER:
-        y = tl.where(here >= 0, tl.dot(weights, V, input_precision="tf32x3"), 0.0)
-        at, in_heads = ((n * H + h) * G + g)[:, None] * E + e[None, :], (g < G)[:, None] & (e < E)[None, :]
-        tl.store(o + at, y.to(o.dtype.element_ty), mask=in_heads)
-    else:
+        if not EARLY:
+            V = tl.load(values + value_at, mask=in_values, other=0.0).to(tl.float32)
+        V = moved(V, activated(new_value, SILU), weight, forget)
+        tl.store(values + value_at, V.to(values.dtype.element_ty), mask=in_values)
         for i in tl.static_range(G):
             y = tl.where(here >= 0, tl.sum(V * weights[i][:, None], axis=0), 0.0)
             tl.store(o + ((n * H + h) * G + i) * E + e, y.to(o.dtype.element_ty), mask=e < E)

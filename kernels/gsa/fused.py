@@ -197,7 +197,7 @@ def gsa_step(
         o, H, scale, 1.0 / damping, q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2),
         FORM=form, RING=ring, SINKS=sinks, OCCUPANCY=normalised, SILU=silu, HAS_S=s is not None,
         HAS_SINK=q_sink is not None, HAS_BONUS=bonus is not None, TOGETHER=together, D=D, BD=padded(D), E=E,
-        BE=padded(E), M=M, G=HQ // H, num_warps=warps,
+        BE=padded(E), M=M, G=HQ // H, BLOCK=min(32, padded(D), padded(E)), num_warps=warps,
         # so that two programs fit on a multiprocessor: one reads, one computes
         maxnreg=128 if warps <= 8 and not together else None,
     )  # fmt: skip

@@ -4,7 +4,7 @@
 #     bash docs/results/gpu/kernels.sh GPU bench peer speed counters ...        returns at once
 #
 # Parts are the functions below, in the order they are named; at most, in seconds: bench 300, peer 600 (most of it fla's own
-# tuning), speed 400, counters 150, parts 120, tiles 200, blocks 180. plan.sh has no row on the GPU until they are done; it
+# tuning), speed 400, counters 150, parts 120, tiles 200. plan.sh has no row on the GPU until they are done; it
 # converts on GPU 0, so beside it name another.
 cd "$(dirname "$0")/../../.." || exit
 log=/root/log
@@ -58,18 +58,6 @@ for shape, kind in ((bench.SHAPES[0], "exact"), (bench.SHAPES[0], "paper"), (ben
 bench.median = lambda run: run() or 1.0
 bench.time_decode(bench.DECODE[2], 1.0)
 PYTHON
-}
-
-blocks() { # decode as it is and by blocks of so many features: how fast, and is it right?
-    steps='from t2r.bench import *; x = copy_bandwidth(); print(table([time_decode(shape, x) for shape in DECODE]))'
-    python3 -c "$steps"
-    cp -r . /root/blocks && cd /root/blocks && patch -p1 <docs/results/kernels/decode-blocks.patch || return
-    export PYTHONPATH=/root/blocks:/tmp/site
-    for size in 64 32; do
-        sed -i "s/BLOCK=min([0-9]*,/BLOCK=min($size,/" kernels/gsa/fused.py
-        python3 -c "$steps"
-    done
-    timeout 100 python3 -m pytest -n 12 -q -p no:cacheprovider tests/test_kernels.py -k decode
 }
 
 bench() { timeout 300 python3 -m t2r bench kernels --out $log/bench; }
