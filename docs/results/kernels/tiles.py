@@ -22,9 +22,11 @@ from t2r.kernels.gsa.tiles import Tile
 
 # shape: tiles (chunk, heads, warps)
 CANDIDATES = {
-    Shape(16, 2048, 4, 1, 256, 64): [(32, 1, 8), (32, 1, 4), (16, 2, 4), (16, 4, 4), (32, 4, 8)],
-    Shape(16, 2048, 9, 3, 64, 256): [(16, 2, 8), (16, 4, 4), (16, 4, 8), (16, 2, 4), (16, 1, 4)],
+    Shape(8, 2048, 32, 8, 128, 64): [(32, 4, 8), (16, 4, 4)],
+    Shape(32, 2048, 9, 3, 64, 64): [(16, 4, 4)],
     Shape(8, 2048, 32, 8, 128, 128): [(32, 4, 8), (16, 4, 4)],
+    Shape(16, 2048, 4, 1, 256, 64): [(16, 4, 4)],
+    Shape(16, 2048, 9, 3, 64, 256): [(16, 2, 8)],  # (16, 4, 8) ends in an illegal access
 }
 
 
@@ -66,7 +68,7 @@ def main(out: str, processes: int = 8) -> None:
     candidates = [
         (shape, Tile(*tile), gates)
         for shape, tiles in CANDIDATES.items()
-        for tile, gates in itertools.product(tiles, GATES[1:])  # what is wrong is so with exact gates
+        for tile, gates in itertools.product(tiles, GATES)
     ]
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         checked = list(pool.map(check, candidates))
