@@ -104,6 +104,17 @@ def test_what_cannot_be_is_one_line(options, what, tiny_llama):
         slots(str(tiny_llama), **options)
 
 
+def test_later_pieces_of_long_texts_come_after_the_first_of_all(tiny_llama, tmp_path):
+    long, other = (" ".join(f"{word} {n}" for n in range(100)) for word in ("one", "two"))
+    (tmp_path / "a.txt").write_text(long)
+    (tmp_path / "b.txt").write_text(other)
+    tokenizer = open_source(str(tiny_llama)).load_tokenizer()
+    ids = blocks(tokenizer, [str(tmp_path / "*.txt")], texts=5, context=8)
+    pieces = [long[:128], other[:128], long[128:256], other[128:256], long[256:384]]
+    assert ids.tolist() == [tokenizer(piece).input_ids[:8] for piece in pieces]
+    assert len(blocks(tokenizer, [str(tmp_path / "a.txt")], texts=99, context=8)) == -(-len(long) // 128)
+
+
 def test_texts_are_the_first_that_are_long_enough(tiny_llama, tmp_path):
     (tmp_path / "a.txt").write_text("short")
     (tmp_path / "b.txt").write_text("a text that is long enough for eight tokens")

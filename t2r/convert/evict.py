@@ -30,12 +30,12 @@ from t2r.convert.paged import Pages
 from t2r.convert.source import Source
 from t2r.convert.verify import empty_model, load_source, softmax_config
 from t2r.convert.writer import available_ram
-from t2r.data import lookups
-from t2r.data.sources import resolve
+from t2r.data import lookups, sources
 from t2r.errors import UserError
 from t2r.families import FAMILIES, trained_context, window
 from t2r.kernels.gsa import SlotState
 from t2r.kernels.gsa.evict import evict
+from t2r.kernels.gsa.tiles import cdiv
 from t2r.modeling.configuration import GSAConfig
 
 NEAR, FAR = 40, 512  # distances between which attention counts as read later
@@ -97,15 +97,27 @@ def fit_mixers(
 
 
 def blocks(tokenizer, specs: Sequence[str], texts: int, context: int, otherwise: str = "a smaller --context") -> Tensor:
-    """ids [N,T]: the first `context` tokens of documents that have so many, of each spec in turn, `texts` in all.
+    """ids [N,T]: the first `context` tokens of documents that have so many, of each spec in turn, `texts` in all. Where
+    there are fewer documents, as in a text file, which is one, their later pieces follow.
     otherwise: what a user could do where none has."""
+    size = 16 * context  # characters of a piece: in any script enough for its tokens
+
+    def piece(source: sources.Source, document: str, n: int) -> Iterator[list[int]]:
+        ids = tokenizer(source.finish(document[n * size : (n + 1) * size])).input_ids[:context]
+        if len(ids) == context:
+            yield ids
 
     def long_enough(spec: str) -> Iterator[list[int]]:
-        for source in resolve([spec]):
+        long = []
+        for source in sources.resolve([spec]):
             for document in source.documents("text"):
-                text = source.finish(document[: 16 * context]) if isinstance(document, str) else ""
-                if len(ids := tokenizer(text).input_ids[:context]) == context:
-                    yield ids
+                if isinstance(document, str):
+                    yield from piece(source, document, 0)
+                    if len(document) > size and len(long) < texts:
+                        long.append((source, document))
+        for n in range(1, max((cdiv(len(document), size) for _, document in long), default=0)):
+            for source, document in long:
+                yield from piece(source, document, n)
 
     in_turn = zip_longest(*map(long_enough, specs))
     found = list(islice((ids for each in in_turn for ids in each if ids), texts))
