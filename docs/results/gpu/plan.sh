@@ -4,8 +4,9 @@
 #     bash docs/results/gpu/plan.sh 128 256 hybrid gemma ...        returns at once
 #
 # A row of a GPU begins when the one before it is in its second stage, whose wait for the compiler leaves the GPU idle; it
-# is compared while the next one trains. Measured on one H200, seconds: first row after 140; from row to row 30 million tokens
-# 330 (128 slots 410, 256 some 800), 10 million 150, 1 million 50; a comparison 130 beside a training, of the last row 170; 100 million 820.
+# is compared while the next one trains. Measured on one H200, seconds: first row after 140; from row to row 30 million
+# tokens 330 (128 slots 410, 256 some 800), 10 million 150, 1 million 50, 100 million 820; a comparison 130 beside a
+# training, of the last row 170.
 cd "$(dirname "$0")/../../.." || exit
 even='convert.layer_slots=""'
 need=0=128,1=32,2=64,3-5=128,6=64,7-8=256,9-10=64,11=32,12=128,13=64,14-15=128,16=64,17-20=256,21-22=128,23=256,24=128,25-26=32,27=128,28-29=64
