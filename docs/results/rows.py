@@ -169,8 +169,8 @@ def page() -> str:
     parts = [
         "# SmolLM2-135M-Instruct without a key-value cache",
         "Written by [rows.py](../rows.py) from the reports beside it. Recipe `memory`: test text, all items, bfloat16, "
-        "standard errors over blocks or items. Slots are those of a layer on average, by need (hybrid and paper's start: "
-        "as many in each).",
+        "standard errors over blocks or items. Slots are those of a layer on average, by need (hybrid and paper's "
+        "start: as many in each).",
         "\n".join(short()),
         "![Perplexity and recall by tokens of training; dotted: the original](rows.png)",
         "\n".join(full(ROWS)),
