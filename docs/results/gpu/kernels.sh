@@ -4,7 +4,7 @@
 #     bash docs/results/gpu/kernels.sh GPU bench peer speed counters ...        returns at once
 #
 # Parts are the functions below, in the order they are named; at most, in seconds: bench 300, peer 600 (most of it fla's own
-# tuning), speed 400, counters 150, parts 120, tiles 200, waits 900. plan.sh has no row on the GPU until they are done; it
+# tuning), speed 400, counters 150, parts 120, tiles 200, waits 1,000. plan.sh has no row on the GPU until they are done; it
 # converts on GPU 0, so beside it name another.
 cd "$(dirname "$0")/../../.." || exit
 log=/root/log
@@ -74,7 +74,7 @@ waits() { # waits.patch: without and with its two switches kernel by kernel, the
     export PYTHONPATH=/root/waits:/tmp/site
     for switches in False,False True,False True,True; do
         sed -i "s/^AHEAD = .*/AHEAD = tl.constexpr(${switches%,*})/; s/^BY_SUM = .*/BY_SUM = tl.constexpr(${switches#*,})/" kernels/gsa/tile.py
-        timeout 200 python3 docs/results/kernels/tiles.py $log/waits-$switches.json 14
+        timeout 240 python3 docs/results/kernels/tiles.py $log/waits-$switches.json 14
     done
     timeout 300 python3 -m pytest -n 8 -q -p no:cacheprovider -m gpu tests/test_kernels_gpu.py
     timeout 100 python3 -m pytest -n 12 -q -p no:cacheprovider tests/test_kernels.py

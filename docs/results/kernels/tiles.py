@@ -20,13 +20,12 @@ from t2r.env import facts
 from t2r.kernels.gsa import launch
 from t2r.kernels.gsa.tiles import Tile
 
-# shape: tiles (chunk, heads, warps)
+# shape: tiles (chunk, heads, warps). Not with 8 warps and chunks of 16: with 256 slots that ends in an illegal access
 CANDIDATES = {
     Shape(8, 2048, 32, 8, 128, 64): [(32, 4, 8), (16, 4, 4)],
     Shape(32, 2048, 9, 3, 64, 64): [(16, 4, 4)],
     Shape(8, 2048, 32, 8, 128, 128): [(32, 4, 8), (16, 4, 4)],
     Shape(16, 2048, 4, 1, 256, 64): [(16, 4, 4)],
-    Shape(16, 2048, 9, 3, 64, 256): [(16, 2, 8)],  # (16, 4, 8) ends in an illegal access
 }
 
 
