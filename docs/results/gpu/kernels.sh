@@ -92,7 +92,7 @@ main() { # GPU PART ...
     export CUDA_VISIBLE_DEVICES=$1
     trap "rm -f $log/running.kernels" EXIT
     for part in "${@:2}"; do
-        timeout 900 bash "$0" only "$part" >"$log/$part.log" 2>&1
+        timeout 1000 bash "$0" only "$part" >"$log/$part.log" 2>&1
         echo "$(date +%T) $part: done, $?" >>$log/rows.log
     done
 }
