@@ -74,6 +74,7 @@ waits() { # waits.patch: without and with its two switches kernel by kernel, the
     export PYTHONPATH=/root/waits:/tmp/site
     for switches in False,False True,False True,True; do
         sed -i "s/^AHEAD = .*/AHEAD = tl.constexpr(${switches%,*})/; s/^BY_SUM = .*/BY_SUM = tl.constexpr(${switches#*,})/" kernels/gsa/tile.py
+        python3 -c 'from t2r.bench import *; x = copy_bandwidth(); print(table([time_decode(shape, x) for shape in DECODE]))'
         timeout 240 python3 docs/results/kernels/tiles.py $log/waits-$switches.json 14
     done
     timeout 300 python3 -m pytest -n 8 -q -p no:cacheprovider -m gpu tests/test_kernels_gpu.py
