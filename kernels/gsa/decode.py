@@ -30,8 +30,9 @@ def step_kernel(
     made by BLOCK features at a time, so that tiles take little of a block's shared memory."""
     n, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     m, d, e = tl.arange(0, M), tl.arange(0, BD), tl.arange(0, BE)
-    key_at, in_keys = ((n * H + h) * M + m)[:, None] * D + d[None, :], (m >= 0)[:, None] & (d < D)[None, :]
-    value_at, in_values = ((n * H + h) * M + m)[:, None] * E + e[None, :], (m >= 0)[:, None] & (e < E)[None, :]
+    slots = (n * H + h) * M + m
+    key_at, in_keys = places(slots, d, D)
+    value_at, in_values = places(slots, e, E)
     # what is read is asked for before anything waits: one trip to memory, not one after the other. Of values that would
     # not fit into the registers beside the keys other programs hide the way.
     EARLY: tl.constexpr = M * BE <= 4096
@@ -40,8 +41,8 @@ def step_kernel(
     if TOGETHER:
         parts = ()
         for i in tl.static_range(BD // BLOCK):
-            at, inside = ((n * H + h) * M + m)[:, None] * D + (i * BLOCK + b)[None, :], i * BLOCK + b < D
-            parts += (tl.load(keys + at, mask=(m >= 0)[:, None] & inside[None, :], other=0.0).to(tl.float32),)
+            at, inside = places(slots, i * BLOCK + b, D)
+            parts += (tl.load(keys + at, mask=inside, other=0.0).to(tl.float32),)
     else:
         K = tl.load(keys + key_at, mask=in_keys, other=0.0).to(tl.float32)
         if EARLY:
@@ -55,15 +56,14 @@ def step_kernel(
             if HAS_SINK:
                 far += (tl.load(q_sink + head, mask=d < D, other=0.0).to(tl.float32),)
     if OCCUPANCY:
-        z = tl.load(occupancy + (n * H + h) * M + m).to(tl.float32)
+        z = tl.load(occupancy + slots).to(tl.float32)
     turn = here.to(tl.int32)
     if HAS_BONUS:
-        memory = (n * H + h) * M + m
-        rank, stamp = tl.load(ranks + memory), tl.load(stamps + memory)
+        rank, stamp = tl.load(ranks + slots), tl.load(stamps + slots)
         slot = least(rank, stamp, turn, tl.load(recent + h), m, RING, SINKS)
         taken = (m == slot) & (turn >= 0)
-        tl.store(ranks + memory, tl.where(taken, turn.to(tl.float32) + tl.load(bonus + n * H + h).to(tl.float32), rank))
-        tl.store(stamps + memory, tl.where(taken, turn, stamp))
+        tl.store(ranks + slots, tl.where(taken, turn.to(tl.float32) + tl.load(bonus + n * H + h).to(tl.float32), rank))
+        tl.store(stamps + slots, tl.where(taken, turn, stamp))
         turn = slot
     elif RING:
         turn = ring_turn(turn, RING, SINKS)
@@ -78,7 +78,7 @@ def step_kernel(
 
     if OCCUPANCY:
         z += weight - forget * z
-        tl.store(occupancy + (n * H + h) * M + m, z.to(occupancy.dtype.element_ty))
+        tl.store(occupancy + slots, z.to(occupancy.dtype.element_ty))
         inverse, log_z = inverse_and_log(z)
     else:
         inverse, log_z = 1.0, 0.0
@@ -88,8 +88,8 @@ def step_kernel(
             f = i * BLOCK + b
             new = tl.load(k + n * k_b + h * k_h + f, mask=f < D, other=0.0).to(tl.float32)
             K = moved(parts[i], activated(new, SILU), weight, forget)
-            at = ((n * H + h) * M + m)[:, None] * D + f[None, :]
-            tl.store(keys + at, K.to(keys.dtype.element_ty), mask=(m >= 0)[:, None] & (f < D)[None, :])
+            at, inside = places(slots, f, D)
+            tl.store(keys + at, K.to(keys.dtype.element_ty), mask=inside)
             head, in_heads = n * q_b + (h * G + g)[None, :] * q_h + f[:, None], (g < G)[None, :] & (f < D)[:, None]
             queries = tl.load(q + head, mask=in_heads, other=0.0).to(tl.float32)
             logits = tl.dot(K, activated(queries, SILU), logits, input_precision="tf32x3")
@@ -101,7 +101,7 @@ def step_kernel(
         weights = read(tl.trans(logits), inverse, log_z, scale) * inverse  # [16,M]
         for i in tl.static_range(BE // BLOCK):
             f = i * BLOCK + b
-            at, inside = ((n * H + h) * M + m)[:, None] * E + f[None, :], (m >= 0)[:, None] & (f < E)[None, :]
+            at, inside = places(slots, f, E)
             new = tl.load(v + n * v_b + h * v_h + f, mask=f < E, other=0.0).to(tl.float32)
             V = tl.load(values + at, mask=inside, other=0.0).to(tl.float32)
             V = moved(V, activated(new, SILU), weight, forget)
@@ -125,6 +125,12 @@ def step_kernel(
         for i in tl.static_range(G):
             y = tl.where(here >= 0, tl.sum(V * weights[i][:, None], axis=0), 0.0)
             tl.store(o + ((n * H + h) * G + i) * E + e, y.to(o.dtype.element_ty), mask=e < E)
+
+
+@triton.jit
+def places(rows, features, SIZE: tl.constexpr):
+    """Where features [F] of rows [R] of SIZE numbers lie, [R,F], and which of them there are, [1,F]."""
+    return rows[:, None] * SIZE + features[None, :], (features < SIZE)[None, :]
 
 
 @triton.jit

@@ -35,7 +35,6 @@ from t2r.errors import UserError
 from t2r.families import FAMILIES, trained_context, window
 from t2r.kernels.gsa import SlotState
 from t2r.kernels.gsa.evict import evict
-from t2r.kernels.gsa.tiles import cdiv
 from t2r.modeling.configuration import GSAConfig
 
 NEAR, FAR = 40, 512  # distances between which attention counts as read later
@@ -115,7 +114,7 @@ def blocks(tokenizer, specs: Sequence[str], texts: int, context: int, otherwise:
                     yield from piece(source, document, 0)
                     if len(document) > size and len(long) < texts:
                         long.append((source, document))
-        for n in range(1, max((cdiv(len(document), size) for _, document in long), default=0)):
+        for n in range(1, max((len(document) for _, document in long), default=0) // size + 1):
             for source, document in long:
                 yield from piece(source, document, n)
 
