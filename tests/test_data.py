@@ -337,12 +337,14 @@ def test_prepare_makes_what_a_run_reads_and_checks_it_the_next_time(tmp_path, ti
 data:
   mix: [{{data: [{jsonl(tmp_path / "a.jsonl", many())}]}}, {{data: [shipped:validation], weight: 3}}]
   held_out: 0.2
+  lookups: 0.2
   cache: {tmp_path}/cache
 stages: [{{kind: lm, tokens: 640, context: 64, batch_tokens: 128, lr: {{gates: 1e-3}}, validation_tokens: 128}}]
 """)
     prepare(str(config))
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines] == ["training", "training", "validation", "validation"]
+    kinds = ["training", "training with lookups", "validation"]
+    assert [line.split(":")[0] for line in lines] == [kind for kind in kinds for _part in range(2)]
     assert all("written" in line for line in lines)
     prepare(str(config))
     assert all("unchanged" in line for line in capsys.readouterr().out.splitlines())

@@ -126,4 +126,5 @@ def prepare(config: str, overrides: Sequence[str] = ()) -> None:
                 check_hashes(folder)
             documents, state = sum(len(shard.starts) for shard in tokens.shards), "unchanged" if there else "written"
             count = f"{len(tokens):,} tokens, {documents:,} documents, {len(tokens.shards)} shards"
-            print(f"{kind}: {count}, {state}: {folder}")
+            name = f"{kind} with lookups" if one.sources[0].lookups else kind
+            print(f"{name}: {count}, {state}: {folder}")
